@@ -11,7 +11,7 @@ from typing import Any, Literal
 import pytest
 from pydantic import BaseModel
 
-from tests.support.profiles import is_all
+from tests.support.profiles import is_all, whole_test_only_in_all
 from tests.support.servers import PATIENCE_S, Server, eventually
 
 QUESTION = "What is the capital of France? Answer with one word."
@@ -80,6 +80,7 @@ class TestLiteLLM:
             "num_retries": 0,
         }
 
+    @whole_test_only_in_all
     def test_completion(self, ask: dict[str, Any]) -> None:
         import litellm
 
@@ -88,6 +89,7 @@ class TestLiteLLM:
         assert answer.choices[0].finish_reason == "stop"
         assert answer.usage.completion_tokens > 0
 
+    @whole_test_only_in_all
     def test_stream(self, ask: dict[str, Any]) -> None:
         import litellm
 
@@ -95,6 +97,7 @@ class TestLiteLLM:
         text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
         assert text == litellm.completion(**ask).choices[0].message.content
 
+    @whole_test_only_in_all
     def test_structured_output(self, ask: dict[str, Any]) -> None:
         import litellm
 
@@ -102,6 +105,7 @@ class TestLiteLLM:
         answer = litellm.completion(**ask, response_format=City)
         City.model_validate_json(answer.choices[0].message.content)
 
+    @whole_test_only_in_all
     def test_errors(self, ask: dict[str, Any]) -> None:
         import litellm
         from litellm.exceptions import BadRequestError, NotFoundError
@@ -124,7 +128,7 @@ def test_schemathesis(launch: Callable[..., Server], tmp_path: Path) -> None:
     done = subprocess.run(
         [
             *(str(Path(sys.executable).parent / "schemathesis"), "run", f"{tiny.url}/openapi.json"),
-            *("--phases", "fuzzing", "--max-examples", "60" if is_all() else "15"),
+            *("--phases", "fuzzing", "--max-examples", "60" if is_all() else "6"),
             *("--seed", "7", "--checks", CHECKS, "--no-color"),
         ],
         cwd=tmp_path,  # it writes files to its working directory

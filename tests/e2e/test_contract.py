@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from typing import Any
 
+import httpx
 import jsonschema
 
 from tests.support.contract import (
@@ -18,7 +20,7 @@ from tests.support.contract import (
     USER,
     fault,
 )
-from tests.support.servers import Server
+from tests.support.servers import PATIENCE_S, Server
 
 MESSAGES = "/v1/messages"
 
@@ -45,6 +47,16 @@ def test_values_that_change_nothing_are_taken(tiny: Server) -> None:
     assert tiny.post(COMPLETIONS, {"prompt": "x", "max_tokens": 1, **HARMLESS_ON_BOTH}).status_code == 200
     chat = {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True, "modalities": ["text"], "echo": False}
     assert tiny.post(CHAT, {"messages": USER, "max_tokens": 1, **HARMLESS_ON_BOTH, **chat}).status_code == 200
+
+
+def test_the_ready_line_is_a_command_that_works(tiny: Server) -> None:
+    arguments = shlex.split(tiny.ready_line.removeprefix("ready: "))
+    assert arguments[0] == "curl"
+    url, headers, data = arguments[1], arguments[3], arguments[5]
+    name, _, value = headers.partition(": ")
+    answer = httpx.post(url, headers={name: value}, content=data, timeout=PATIENCE_S)
+    assert answer.status_code == 200
+    assert answer.json()["choices"][0]["message"]["role"] == "assistant"
 
 
 NULLS = {

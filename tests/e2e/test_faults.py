@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from tests.support.faulty import arm, command, fired
-from tests.support.profiles import only_in_all
+from tests.support.profiles import each_value, only_in_all, whole_test_only_in_all
 from tests.support.ranks import SERVED_MODEL, write_random_model
 from tests.support.servers import PATIENCE_S, Server, Stream, eventually, start
 
@@ -202,14 +202,8 @@ def nothing_is_left(site: Site) -> None:
     assert [path.name for path in site.faults.iterdir()] == ["fired"]
 
 
-_PAIRS = {
-    ("idle", "SIGKILL"),
-    ("idle", "SIGSTOP"),
-    ("prefill", "SIGSTOP"),
-    ("draft", "exception"),
-    ("verify", "SIGKILL"),
-}
-"""Every phase and every action; a phase without a collective under way (idle) with both signals."""
+_PAIRS = {("idle", "SIGKILL"), ("prefill", "SIGSTOP"), ("draft", "exception")}
+"""Every action, and every phase but verify, in which rank 0 is killed."""
 
 
 @pytest.mark.parametrize(
@@ -224,17 +218,19 @@ def test_rank_1(site: Site, phase: str, action: str) -> None:
     mended(site, 1, phase, action, RANK_1[action].format("rank 1"))
 
 
-@pytest.mark.parametrize(("phase", "action"), [("verify", "SIGKILL"), ("draft", "SIGSTOP"), ("prefill", "exception")])
+@pytest.mark.parametrize(
+    ("phase", "action"), [("verify", "SIGKILL"), only_in_all("draft", "SIGSTOP"), only_in_all("prefill", "exception")]
+)
 def test_rank_0(site: Site, phase: str, action: str) -> None:
     mended(site, 0, phase, action, RANK_0[action].format("rank 0"))
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("phase", ["prefill", "draft", "verify"])
+@pytest.mark.parametrize(("phase", "rank"), each_value(["prefill", "draft", "verify"], [0, 1]))
 def test_a_rank_out_of_memory(site: Site, phase: str, rank: int) -> None:
     survived(site, rank, phase)
 
 
+@whole_test_only_in_all
 def test_a_rank_out_of_memory_that_cannot_call_the_others_back(site: Site, tmp_path: Path) -> None:
     """Over sockets a round cannot be abandoned, so the engine is replaced."""
     sockets = faulty(tmp_path, site.model, collectives="gloo")
@@ -245,7 +241,7 @@ def test_a_rank_out_of_memory_that_cannot_call_the_others_back(site: Site, tmp_p
         sockets.server.stop()
 
 
-@pytest.mark.parametrize("phase", ["idle", "prefill", "draft", "verify"])
+@pytest.mark.parametrize("phase", ["idle", only_in_all("prefill"), "draft", only_in_all("verify")])
 def test_sigterm_for_a_rank_changes_nothing(site: Site, phase: str) -> None:
     """Only rank 0 reacts to SIGTERM."""
     restarts, before = site.server.metric("magicdec_engine_restarts_total"), site.server.everyone()
@@ -269,7 +265,7 @@ def alone(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site
     alone.server.stop()
 
 
-@pytest.mark.parametrize("phase", ["prefill", "draft", "verify"])
+@pytest.mark.parametrize("phase", [only_in_all("prefill"), only_in_all("draft"), "verify"])
 def test_the_only_rank_out_of_memory(alone: Site, phase: str) -> None:
     survived(alone, 0, phase)
 

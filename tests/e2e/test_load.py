@@ -17,8 +17,9 @@ from tests.support.profiles import is_all
 from tests.support.servers import PATIENCE_S, Server, eventually
 
 SHORT = [1, 2, 3, 5, 8, 13, 16, 17, 21, 30, 33, 40, 55, 64, 70]
-LENGTHS = [*SHORT * 4, *((200, 400, 800, 1600) if is_all() else (100, 150, 200, 600))]
+LENGTHS = [*SHORT * 4, *((200, 400, 800, 1600) if is_all() else (60, 90, 120, 250))]
 """Number of tokens that each of 64 requests generates."""
+AT_ONCE = 200 if is_all() else 80
 
 
 def body(number: int) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def test_64_streams_get_exactly_what_each_gets_alone(tiny: Server) -> None:
             for number, got in enumerate(together):
                 wanted = body(number)
                 assert got[1:] == ("length", wanted["max_tokens"])
-                if is_all() or number % 2 or number >= 60:  # alone, they take most of the time
+                if is_all() or number % 6 == 1 or number >= 62:  # alone, they take most of the time
                     assert got == await complete(http, wanted)
 
     asyncio.run(main())
@@ -101,7 +102,7 @@ def test_200_clients_that_vanish_leave_nothing_behind(tiny: Server) -> None:
 
 
 def test_many_requests_of_which_a_third_vanishes(tiny: Server) -> None:
-    """450 requests, or in all 2,000, 200 at a time. The server's resources are the same before and after, and it
+    """160 requests, or in all 2,000, AT_ONCE at a time. The server's resources are the same before and after, and it
     answers health checks throughout."""
     chance = random.Random(1)
     fates: Counter[str] = Counter()
@@ -128,7 +129,7 @@ def test_many_requests_of_which_a_third_vanishes(tiny: Server) -> None:
             await asyncio.sleep(0.05)
 
     async def load(requests: int) -> None:
-        places = asyncio.Semaphore(200)
+        places = asyncio.Semaphore(AT_ONCE)
         async with connected(tiny) as http, connected(tiny) as other:
             watching = asyncio.create_task(watch(other))
             await asyncio.gather(*(one(http, places, number) for number in range(requests)))
@@ -138,15 +139,15 @@ def test_many_requests_of_which_a_third_vanishes(tiny: Server) -> None:
     def held() -> tuple[int, int]:
         return tiny.files(), len(process.threads())
 
-    requests = 2000 if is_all() else 450
-    asyncio.run(load(400 if is_all() else 250))  # until everything that grows only once has grown
+    requests = 2000 if is_all() else 160
+    asyncio.run(load(400 if is_all() else 100))  # until everything that grows only once has grown
     eventually(lambda: tiny.idle() and not process.net_connections("tcp")[1:])
     before, memory = held(), process.memory_info().rss
     fates.clear()
     asyncio.run(load(requests))
     eventually(lambda: tiny.idle() and held() == before)
     assert sum(fates.values()) == requests
-    assert fates["vanished"] > 100
+    assert fates["vanished"] > (100 if is_all() else 15)
     assert process.memory_info().rss - memory < 64 << 20
-    # This process, which handles 200 streams, adds to the latency: the number is printed but not bounded.
+    # This process, which handles the streams, adds to the latency: the number is printed but not bounded.
     print(f"99 of 100 health checks took less than {1e3 * sorted(health)[int(0.99 * len(health))]:.0f} ms")

@@ -9,6 +9,8 @@ import jsonschema
 import openai
 import pytest
 
+from tests.support.profiles import only_in_all
+
 CITY = {
     "type": "object",
     "properties": {"city": {"type": "string", "maxLength": 12}, "unit": {"enum": ["C", "F"]}},
@@ -31,7 +33,7 @@ TOOLS: list[Any] = [
 NAMED = {"type": "function", "function": {"name": "add"}}
 
 
-@pytest.mark.parametrize(("choice", "temperature"), [("required", 1), (NAMED, 0)])
+@pytest.mark.parametrize(("choice", "temperature"), [("required", 1), only_in_all(NAMED, 0)])
 def test_calls_are_guaranteed(client: openai.OpenAI, choice: Any, temperature: float) -> None:
     def ask(speculation: bool) -> Any:
         answer = client.chat.completions.create(

@@ -43,7 +43,12 @@ class VoteCase:
 
 
 def vote_cases(
-    *, max_queries: int, max_before: int, head_dims: tuple[int, ...], page_sizes: tuple[int, ...]
+    *,
+    max_queries: int,
+    max_before: int,
+    head_dims: tuple[int, ...],
+    page_sizes: tuple[int, ...],
+    max_rows: int = 4,
 ) -> SearchStrategy[VoteCase]:
     """Draw cases. Voters are any two queries of a row, the same one twice, one, or none."""
     from hypothesis import strategies as st  # tests on GPUs go without
@@ -51,7 +56,7 @@ def vote_cases(
     @st.composite
     def cases(draw: st.DrawFn) -> VoteCase:
         rows = []
-        for _ in range(draw(st.integers(1, 4))):
+        for _ in range(draw(st.integers(1, max_rows))):
             n, before = draw(st.integers(1, max_queries)), draw(st.integers(0, max_before))
             place = st.integers(0, n - 1)
             voters = draw(st.one_of(st.tuples(place, place), st.tuples(place, st.just(-1)), st.just((-1, -1))))

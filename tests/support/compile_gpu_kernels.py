@@ -2,10 +2,9 @@
 
     python -m tests.support.compile_gpu_kernels ARCHITECTURE [few | tall]
 
-ARCHITECTURE: 80 for an A100, 90 for an H100. few: only shapes that need the most registers or memory. tall: of these
-the ones whose products an H100 computes in another way than an A100, and decoding. Kernel launchers run on CPU tensors;
-instead of launching, Triton compiles to the GPU's machine code. Prints each binary's `Resources`, a JSON object per
-line.
+ARCHITECTURE: 80 for an A100, 90 for an H100. few: every kernel, in few shapes. tall: of these the ones whose products
+an H100 computes in another way than an A100, and decoding. Kernel launchers run on CPU tensors; instead of launching,
+Triton compiles to the GPU's machine code. Prints each binary's `Resources`, a JSON object per line.
 """
 
 from __future__ import annotations
@@ -221,63 +220,30 @@ FEW_BITS = (
 
 
 def few(compiler: Compiler) -> None:
-    """One binary of each method of multiplication and number of warps, at its largest."""
-    for heads, queries in (
-        ((32, 8, 128), 1),
-        ((32, 8, 128), 7),
-        ((64, 8, 128), 40),
-        ((8, 1, 256), 40),
-        ((71, 1, 64), 1),
-    ):
-        attention(compiler, heads, torch.bfloat16, queries, 64)
-    attention(compiler, (16, 1, 256), torch.bfloat16, 1, 8192)
-    for heads, queries in (((32, 8, 128), 1), ((32, 32, 128), 7), ((8, 1, 256), 40), ((71, 1, 64), 1)):
-        attention(compiler, heads, torch.bfloat16, queries, 64, SHARED)
-    attention(compiler, (16, 8, 256), torch.float32, 1, 64, SHARED)
-    attention(compiler, (16, 8, 256), torch.float32, 1, 64)
-    for heads, queries, unit in (
-        ((32, 8, 128), 1, 16),
-        ((32, 8, 128), 5, 1),
-        ((8, 1, 256), 40, 16),
-        ((71, 1, 64), 1, 16),
-    ):
-        attention(compiler, heads, torch.bfloat16, queries, 64, unit=unit)
-        counting(compiler, heads, torch.bfloat16, unit)
-    attention(compiler, (16, 8, 256), torch.float32, 1, 64, unit=16)
-    counting(compiler, (16, 8, 256), torch.float32, 1)
-    for kind in KINDS:
-        attention(compiler, (32, 8, 128), torch.bfloat16, 1, 64, kind=kind)
-        attention(compiler, (64, 8, 128), torch.bfloat16, 40, 64, kind=kind)
-    attention(compiler, (8, 1, 256), torch.bfloat16, 40, 64, kind="int4x2")
-    for heads, queries in (((32, 8, 128), 1), ((64, 8, 128), 40), ((8, 1, 256), 40)):
-        attention(compiler, heads, torch.bfloat16, queries, 64, window=512)
-    attention(compiler, (16, 8, 256), torch.float32, 1, 64, window=512)
+    """Every kernel, with each method of multiplication and kind of KV or weights once, most of them at their
+    largest."""
+    attention(compiler, (32, 8, 128), torch.bfloat16, 1, 64)
+    attention(compiler, (32, 8, 128), torch.bfloat16, 1, 64, SHARED)
+    attention(compiler, (8, 1, 256), torch.bfloat16, 40, 64)
+    attention(compiler, (16, 8, 256), torch.float32, 1, 8192)
+    attention(compiler, (32, 8, 128), torch.bfloat16, 1, 64, unit=16)
+    counting(compiler, (8, 1, 256), torch.bfloat16, 16)
+    attention(compiler, (64, 8, 128), torch.bfloat16, 40, 64, kind="fp8")
     attention(compiler, (64, 8, 128), torch.bfloat16, 40, 64, kind="int8", window=4096)
-    attention(compiler, (8, 1, 256), torch.bfloat16, 40, 64, kind="int4x2", window=4096)
-    attention(compiler, (32, 8, 128), torch.bfloat16, 5, 64, unit=16, kind="int4x2")
-    attention(compiler, (32, 8, 128), torch.bfloat16, 1, 64, SHARED, kind="upper")
-    counting(compiler, (32, 8, 128), torch.bfloat16, 16, "int4x2")
+    attention(compiler, (8, 1, 256), torch.bfloat16, 40, 64, kind="int4x2")
+    attention(compiler, (32, 8, 128), torch.bfloat16, 1, 64, kind="upper")
     merging(compiler, (8, 1, 256), torch.bfloat16)
     snapkv(compiler, (8, 1, 256), torch.bfloat16)
     layer_kernels(compiler, (32, 8, 128), torch.bfloat16)
     wide_norm(compiler, 32768)
     sampling(compiler, 2, 128_256)
-    for format, group, mins in FEW_BITS:
-        few_bits(compiler, format, group, mins, torch.bfloat16, 512)
-    for rows in (1, 64):
-        few_bits(compiler, "int4", 64, "zeros", torch.bfloat16, rows)
-    few_bits(compiler, "int4", 32, "any", torch.float32, 1)
+    for format, group, mins, rows in (("int4", 64, "zeros", 1), ("int8", 0, "none", 40), ("fp8", 128, "none", 512)):
+        few_bits(compiler, format, group, mins, torch.bfloat16, rows)
     fp8_inputs(compiler, 28_672, torch.bfloat16)
-    for tokens in (1, 40, 300):
-        grouped(compiler, torch.bfloat16, tokens, "silu", biased=False)
-    grouped(compiler, torch.float32, 300, "gelu_tanh", biased=True)
+    grouped(compiler, torch.bfloat16, 40, "silu", biased=False)
     grouped(compiler, torch.bfloat16, 300, "clamped_silu", biased=True)
-    for format, group, mins in FEW_BITS:
-        grouped_few_bits(compiler, format, group, mins, torch.bfloat16, 300)
-    for dtype, tokens in ((torch.bfloat16, 1), (torch.float32, 300)):
-        grouped_few_bits(compiler, "int8", 32, "none", dtype, tokens)
-        grouped_few_bits(compiler, "int4", 32, "any", dtype, tokens)
-    grouped_few_bits(compiler, "int4", 64, "zeros", torch.bfloat16, 300, ordered=True)
+    grouped_few_bits(compiler, "int4", 32, "any", torch.bfloat16, 300, ordered=True)
+    grouped_few_bits(compiler, "int8", 32, "none", torch.bfloat16, 1)
 
 
 def tall(compiler: Compiler) -> None:
@@ -285,16 +251,9 @@ def tall(compiler: Compiler) -> None:
     and behind a prefix."""
     attention(compiler, (32, 8, 128), torch.bfloat16, 1, 64)
     attention(compiler, (32, 8, 128), torch.bfloat16, 1, 64, SHARED)
-    for heads in ((64, 8, 128), (8, 1, 256)):
-        attention(compiler, heads, torch.bfloat16, 40, 64)
-    attention(compiler, (8, 1, 256), torch.bfloat16, 40, 64, unit=16)
-    attention(compiler, (8, 1, 256), torch.bfloat16, 40, 64, kind="int4x2")
-    attention(compiler, (8, 1, 256), torch.bfloat16, 40, 64, window=512)
-    few_bits(compiler, "int4", 32, "any", torch.bfloat16, 512)
-    few_bits(compiler, "fp8", 128, "none", torch.bfloat16, 512)
+    attention(compiler, (8, 1, 256), torch.bfloat16, 40, 64)
     grouped(compiler, torch.bfloat16, 300, "clamped_silu", biased=True)
     grouped_few_bits(compiler, "int4", 32, "any", torch.bfloat16, 300)
-    grouped_few_bits(compiler, "int8", 32, "none", torch.bfloat16, 300)
 
 
 def everything(compiler: Compiler) -> None:

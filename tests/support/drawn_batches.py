@@ -12,13 +12,20 @@ from kernels.attention.base import AttentionBatch, SharedPrefix
 
 @st.composite
 def shared_batches(
-    draw: st.DrawFn, *, page_size: int, pages: int, queries: Sequence[int], heads: int = 0, max_rows: int = 5
+    draw: st.DrawFn,
+    *,
+    page_size: int,
+    pages: int,
+    queries: Sequence[int],
+    heads: int = 0,
+    max_rows: int = 5,
+    max_shared: int = 9,
 ) -> AttentionBatch:
     """Rows in random prefixes, or in none. pages: of the pool. queries: numbers of queries that a row may have. heads:
-    number of page lists per row; 0: one for all heads."""
+    number of page lists per row; 0: one for all heads. max_shared: most pages of a prefix."""
     rows = draw(st.integers(2, max_rows))
     counts = [draw(st.sampled_from(queries)) for _ in range(rows)]
-    shared = [draw(st.integers(1, 9)) for _ in range(2)]
+    shared = [draw(st.integers(1, max_shared)) for _ in range(2)]
     owner = [draw(st.integers(0, 2)) for _ in range(rows)]  # 2: no prefix
     prefixes = [
         SharedPrefix(tuple(members), shared[each])

@@ -60,3 +60,18 @@ def examples(fast: int, every: int, **more: Any) -> settings:
     from hypothesis import settings
 
     return settings(max_examples=every if is_all() else fast, **more)
+
+
+def each_value(*axes: list[Any] | tuple[Any, ...]) -> list[Any]:
+    """Parameter sets of all combinations of the axes' values. `make test` runs as many as the longest axis has values:
+    the first values of all axes, the second ones, and so on, from the start again where an axis is shorter. So each
+    value occurs, but not each pair."""
+    places: list[tuple[int, ...]] = [()]
+    for axis in axes:
+        places = [(*place, number) for place in places for number in range(len(axis))]
+    kept = {tuple(number % len(axis) for axis in axes) for number in range(max(map(len, axes)))}
+    sets = []
+    for place in places:
+        values = [axis[at] for axis, at in zip(axes, place, strict=True)]
+        sets.append(pytest.param(*values) if place in kept else only_in_all(*values))
+    return sets

@@ -15,6 +15,7 @@ from kernels.ops import Gate
 from kernels.weights.matrix import QuantizedMatrix, regular_groups
 from kernels.weights.weight_format import FORMATS
 from tests.support.gates import GATES, joined
+from tests.support.profiles import each_value
 
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALVES]
@@ -72,13 +73,18 @@ def test_all_codes(kernels: CpuKernels, form: str, rows: int, dtype: torch.dtype
         torch.testing.assert_close(y[row], expected, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("features", "size"),
-    [(576, 576), (577, 577), (64, 16), (352, 32), (300, 64), (520, 128), (448, 192), (30, 6), (35, 5), (3, 3)],
+    ("sizes", "form", "dtype"),
+    each_value(
+        [(576, 576), (577, 577), (64, 16), (352, 32), (300, 64), (520, 128), (448, 192), (30, 6), (35, 5), (3, 3)],
+        FORMS,
+        DTYPES,
+    ),
+    ids=str,
 )
-@pytest.mark.parametrize("form", FORMS)
-def test_products(kernels: CpuKernels, form: str, features: int, size: int, dtype: torch.dtype) -> None:
+def test_products(kernels: CpuKernels, sizes: tuple[int, int], form: str, dtype: torch.dtype) -> None:
+    """sizes: features, and features per group."""
+    features, size = sizes
     torch.manual_seed(features)
     weights = matrix(form, 100, features, size)
     bias = torch.randn(100).to(dtype)
@@ -106,9 +112,7 @@ def test_groups_that_are_not_in_order(kernels: CpuKernels, form: str, dtype: tor
         assert_product(kernels.linear(x, pack(weights), float_out=True), x, weights)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [16, 32, 128, 200], ids=str)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("size", "form", "dtype"), each_value([16, 32, 128, 200], FORMS, DTYPES), ids=str)
 def test_a_row_depends_on_nothing_else(kernels: CpuKernels, form: str, size: int, dtype: torch.dtype) -> None:
     """Neither the number of rows, nor the place, nor the number of threads changes a result, to the bit."""
     torch.manual_seed(1)

@@ -11,6 +11,7 @@ import pytest
 
 from kernels.cpu.cpus import usable_cores
 from tests.support.paths import ROOT
+from tests.support.profiles import is_all
 
 
 class Machine:
@@ -169,7 +170,7 @@ def test_garbage(machine: Machine, line: str, maximum: str) -> None:
     ("package", "own"), [("engine", None), ("bench", None), ("magicdec", None), ("engine", "ACTIVE")]
 )
 def test_threads_of_torch_sleep_while_they_wait(package: str, own: str | None) -> None:
-    """The setting is there before torch is loaded, which reads it once."""
+    """The setting is there before torch is loaded, which reads it once; `make test` does not load it."""
     script = f"""
 import os, sys
 
@@ -177,6 +178,9 @@ class Watch:
     def find_spec(self, name, path=None, target=None):
         if name == "torch" and not hasattr(self, "policy"):
             self.policy = os.environ.get("OMP_WAIT_POLICY")
+            if {not is_all()}:
+                print(self.policy, self.policy, flush=True)
+                os._exit(0)
 
 watch = Watch()
 sys.meta_path.insert(0, watch)

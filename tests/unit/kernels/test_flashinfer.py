@@ -26,7 +26,7 @@ from models.loader import random_model
 from parallel.group import Group
 from tests.support import fake_flashinfer
 from tests.support.engines import TINY, run, tiny_engine, tokens
-from tests.support.profiles import examples
+from tests.support.profiles import examples, only_in_all
 from tests.support.rig import CPU, pool_layer
 
 PAGES = 23
@@ -158,7 +158,8 @@ def test_a_plan_is_made_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("capability", "kernels"), [((9, 0), ["fa2", "fa2", "fa3"]), ((8, 0), ["fa2", "fa2"]), ((12, 0), ["fa2", "fa2"])]
+    ("capability", "kernels"),
+    [((9, 0), ["fa2", "fa2", "fa3"]), ((8, 0), ["fa2", "fa2"]), only_in_all((12, 0), ["fa2", "fa2"])],
 )
 def test_rows_are_parted_by_what_suits_them(capability: tuple[int, int], kernels: list[str]) -> None:
     """Rows up to 64 packed queries, longer ones, and those that fill tiles of FA3. Each part is in order, so the first
@@ -310,10 +311,10 @@ class OverTheDouble(ReferenceOps):
 @pytest.mark.parametrize(
     ("kv", "target"),
     [
-        ({"budget": 16, "sink": 4}, None),
+        only_in_all({"budget": 16, "sink": 4}, None),
         ({"budget": 16, "sink": 4, "positions": "relative"}, None),
         ({"policy": "snapkv", "budget": 24, "recent": 8, "queries": 4}, None),
-        ({"policy": "quest", "budget": 12, "sink": 4}, None),
+        only_in_all({"policy": "quest", "budget": 12, "sink": 4}, None),
         ({"budget": 16, "sink": 4}, {"policy": "quest", "budget": 8, "sink": 4, "interval": 3}),
     ],
     ids=["window", "relative", "snapkv", "quest", "target"],

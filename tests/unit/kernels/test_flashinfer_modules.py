@@ -25,7 +25,7 @@ from kernels.flashinfer.flashinfer_modules import (
 from kernels.flashinfer.flashinfer_workspace import Workspace
 from tests.support import fake_flashinfer
 from tests.support.paths import ROOT
-from tests.support.profiles import only_in_all
+from tests.support.profiles import whole_test_only_in_all
 from tests.support.rig import CPU
 from tests.support.wheels import unpacked
 
@@ -100,7 +100,7 @@ def test_trying_attention(monkeypatch: pytest.MonkeyPatch) -> None:
         try_attention(workspace, torch.bfloat16, 64)
 
 
-@pytest.fixture(params=[only_in_all(VERSIONS[0]), VERSIONS[1]])
+@pytest.fixture(params=VERSIONS)
 def flashinfer(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, str]:
     """Environment of a process with FlashInfer's Python, ninja, and a compiler of CUDA."""
     packages = [unpacked(each) for each in (f"flashinfer-python=={request.param}", *IMPORTED)]
@@ -157,6 +157,7 @@ for folder in sys.argv[1:]:
 """
 
 
+@whole_test_only_in_all  # test_flashinfer_versions.py compares the modules that are named with those that are used
 def test_modules_compiled_ahead_are_those_that_are_loaded(flashinfer: dict[str, str], tmp_path: Path) -> None:
     def python(*arguments: str) -> list[str]:
         command = [sys.executable, *arguments]

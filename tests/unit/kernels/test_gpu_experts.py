@@ -17,6 +17,7 @@ from kernels.weights.int4_weights import Int4Format
 from kernels.weights.matrix import DenseMatrix, Matrix, QuantizedMatrix, regular_groups
 from kernels.weights.weight_format import FORMATS
 from tests.support.gates import GATES
+from tests.support.profiles import each_value, only_in_all
 
 pytest.importorskip("triton", reason="Triton is not installed: there are no builds for this platform")
 
@@ -44,10 +45,14 @@ def scores_of(tokens: int, count: int) -> Tensor:
     return torch.randn(tokens, count, generator=torch.Generator().manual_seed(tokens)).to(DEVICE)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("normalised", [True, False])
-@pytest.mark.parametrize(("tokens", "count", "per_token"), [(1, 8, 2), (5, 3, 3), (19, 6, 2), (150, 4, 2), (0, 4, 2)])
-def test_experts(tokens: int, count: int, per_token: int, normalised: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "normalised", "dtype"),
+    each_value([(1, 8, 2), (5, 3, 3), (19, 6, 2), (150, 4, 2), (0, 4, 2)], [True, False], [*TOLERANCE]),
+    ids=str,
+)
+def test_experts(sizes: tuple[int, int, int], normalised: bool, dtype: torch.dtype) -> None:
+    """sizes: tokens, networks, and networks per token."""
+    tokens, count, per_token = sizes
     weights, scores = matrices(count, dtype), scores_of(tokens, count)
     x = torch.randn(tokens, FEATURES + 3).to(DEVICE, dtype)[:, :FEATURES]  # rows are not contiguous
     ours, exact = (
@@ -99,6 +104,13 @@ GROUPED: dict[str, Callable[[Tensor], Matrix]] = {
     "fp8": FORMATS["fp8"].quantize,
 }
 """Formats and layouts of experts: functions that round a matrix."""
+MANY = "int4 in shuffled groups"
+"""The format whose products read most tensors."""
+CODED = [
+    pytest.param("int8 in groups", gate) if gate == "clamped_silu" else only_in_all("int8 in groups", gate)
+    for gate in GATES
+]
+"""Gates of weights of few bits. Kernels end alike, whatever the weights."""
 
 
 def in_groups(weight: Tensor, size: int) -> QuantizedMatrix:
@@ -163,26 +175,32 @@ def exact(matrix: Matrix, bias: Tensor | None, gated: Gate | None) -> ReferenceL
     return ReferenceLinear(matrix.dense(torch.float32), bias, gated, True)
 
 
-@pytest.mark.parametrize(("tokens", "biased"), [(1, True), (50, False)])
-@pytest.mark.parametrize("name", GROUPED)
+@pytest.mark.parametrize(
+    ("name", "tokens", "biased"),
+    [
+        (name, tokens, biased) if tokens == 1 or name in ("dense", "fp8", MANY) else only_in_all(name, tokens, biased)
+        for name in GROUPED
+        for tokens, biased in ((1, True), (50, False))
+    ],
+)
 def test_experts_of_every_format(name: str, tokens: int, biased: bool) -> None:
     Case([GROUPED[name]] * 3, "clamped_silu", biased=biased).check(tokens)
 
 
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("name", ["dense", "int8 in groups"])
+@pytest.mark.parametrize(("name", "gate"), [("dense", gate) for gate in GATES] + CODED)
 def test_experts_with_every_gate(name: str, gate: Gate, biased: bool) -> None:
     Case([GROUPED[name]] * 3, gate, biased=biased).check(20)
 
 
-@pytest.mark.parametrize(("tokens", "biased"), [(1, True), (50, False), (50, True)])
+@pytest.mark.parametrize(("tokens", "biased"), [(1, True), only_in_all(50, False), (50, True)])
 def test_experts_in_fp8_on_gpus_that_multiply_it(tokens: int, biased: bool) -> None:
     Case([GROUPED["fp8"]] * 3, "clamped_silu", biased=biased, ops=GpuOps(multiplies_fp8=True)).check(tokens)
 
 
-@pytest.mark.parametrize("name", ["int8 in groups", "int4", "fp8"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("name", "dtype"), each_value(["int8 in groups", "int4", "fp8"], [torch.float16, torch.float32]), ids=str
+)
 def test_experts_of_few_bits_in_other_dtypes(dtype: torch.dtype, name: str) -> None:
     Case([GROUPED[name]] * 3, dtype=dtype).check(9)
 
@@ -200,7 +218,7 @@ def test_int4_in_several_layouts() -> None:
         assert (ours[1](ours[0](x)) - expected).abs().max() < ROUNDED_TWICE[case.dtype] * expected.std()
 
 
-@pytest.mark.parametrize("name", GROUPED)
+@pytest.mark.parametrize("name", [name if name in ("dense", "fp8", MANY) else only_in_all(name) for name in GROUPED])
 def test_weights_are_moved_not_copied(name: str) -> None:
     case = Case([GROUPED[name]] * 3, biased=True)
     taken = sum(linear.nbytes for pair in case.ours for linear in pair)
@@ -221,7 +239,7 @@ def test_networks_of_several_formats_are_refused() -> None:
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="tests/gpu captures graphs")
-@pytest.mark.parametrize("name", ["dense", "int8 in groups", "int4 in shuffled groups"])
+@pytest.mark.parametrize("name", ["dense", only_in_all("int8 in groups"), "int4 in shuffled groups"])
 def test_experts_are_captured(name: str) -> None:
     """Nothing asks the device a question."""
     from tests.support.recorded import Recorded

@@ -25,7 +25,7 @@ from kernels.reference_ops import REFERENCE
 from kernels.rope import apply_rope, rotary_frequencies, rotary_tables
 from kernels.weights.matrix import DenseMatrix
 from tests.support.gates import GATES, joined
-from tests.support.profiles import examples
+from tests.support.profiles import each_value, examples, only_in_all
 from tests.support.rig import pool_layer
 from tests.support.verdicts import DecidedRound, rounds
 
@@ -72,9 +72,7 @@ def test_norm(dtype: torch.dtype, size: int, add: bool) -> None:
     assert pointwise.norm(x[:0], None, weight, 1e-5).shape == (0, size)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [16, 1100])
-@pytest.mark.parametrize("function", GATES)
+@pytest.mark.parametrize(("function", "size", "dtype"), each_value(GATES, [1100, 16], DTYPES), ids=str)
 def test_apply_gate(dtype: torch.dtype, size: int, function: Gate) -> None:
     torch.manual_seed(0)
     pairs = randn(2, 2 * size, dtype=dtype)
@@ -89,8 +87,7 @@ def test_apply_gate(dtype: torch.dtype, size: int, function: Gate) -> None:
     assert torch.equal(ops.linear(weight, None, gated=function)(pairs), out)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("norms", [False, True], ids=["plain", "qk_norm"])
+@pytest.mark.parametrize(("dtype", "norms"), each_value(DTYPES, [True, False]), ids=str)
 def test_rotary(dtype: torch.dtype, norms: bool) -> None:
     torch.manual_seed(0)
     tokens, heads, kv_heads, head_dim, page_size = 3, 4, 2, 12, 5
@@ -129,7 +126,7 @@ def test_noise_has_the_integers_of_its_definition(rows: list[tuple[int, int]], s
     assert torch.equal(ours, noise_bits(seeds, positions, start, start + size))
 
 
-@pytest.mark.parametrize("size", [700, 5003])
+@pytest.mark.parametrize("size", [only_in_all(700), 5003])
 def test_sample(size: int) -> None:
     torch.manual_seed(0)
     rows, first = 8, 900
@@ -188,7 +185,7 @@ def test_sample_of_what_is_impossible_or_not_a_number(size: int) -> None:
     span=st.sampled_from([64, 4096]),
     dtype=st.sampled_from(DTYPES),
 )
-@examples(6, 24)
+@examples(4, 24)
 def test_votes(
     queries: int, before: int, kv_heads: int, group: int, head_dim: int, kernel: int, span: int, dtype: torch.dtype
 ) -> None:
@@ -234,7 +231,7 @@ def test_accept_and_commit(round_: DecidedRound) -> None:
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 1000),
 )
-@examples(8, 60)
+@examples(6, 60)
 def test_attention(
     rows: list[tuple[int, int]],
     page_size: int,
@@ -281,9 +278,10 @@ def test_attention_from_lengths_on_the_device() -> None:
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("queries", "group"), [(1, 71), (3, 71), (20, 8)])
-def test_attention_of_more_queries_than_a_program_holds(queries: int, group: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("sizes", "dtype"), each_value([(1, 71), (3, 71), (20, 8)], DTYPES), ids=str)
+def test_attention_of_more_queries_than_a_program_holds(sizes: tuple[int, int], dtype: torch.dtype) -> None:
+    """sizes: queries of a row, and heads per KV head."""
+    queries, group = sizes
     torch.manual_seed(0)
     layer = pool(9, 1, 16, 16, dtype)
     batch = AttentionBatch([queries, 1], [queries + 70, 5], torch.randint(9, (2, 6)).to(DEVICE))

@@ -19,7 +19,7 @@ from kernels.flashinfer.flashinfer_graph import FlashInferGraphAttention
 from kernels.flashinfer.flashinfer_workspace import Workspace
 from tests.support import fake_flashinfer
 from tests.support.ballots import VoteBatch, VoteCase, check_captured, check_votes, draw_batch, vote_cases
-from tests.support.profiles import examples
+from tests.support.profiles import examples, is_all
 from tests.support.rig import CPU, pool_layer
 from tests.support.shared_batches import always_share
 
@@ -36,9 +36,12 @@ if not INTERPRETED:
 from tests.support.recorded import Recorded
 
 SPAN = 64
-TRITON = vote_cases(max_queries=5, max_before=100, head_dims=(16, 20), page_sizes=(1, 7, 16))
+BEFORE = 100 if is_all() else 70
+"""Largest number of slots before queries: more than a span."""
+ROWS = 4 if is_all() else 2
+TRITON = vote_cases(max_queries=5, max_before=BEFORE, max_rows=ROWS, head_dims=(16, 20), page_sizes=(1, 7, 16))
 """Lists of one and of several spans."""
-VOTES = vote_cases(max_queries=5, max_before=100, head_dims=(16, 20), page_sizes=(7, 16, 24, 80))
+VOTES = vote_cases(max_queries=5, max_before=BEFORE, max_rows=ROWS, head_dims=(16, 20), page_sizes=(7, 16, 24, 80))
 """Also pages that are cut by tiles of keys."""
 FLASHINFER = vote_cases(max_queries=5, max_before=60, head_dims=(64,), page_sizes=(1, 7, 16))
 TOLERANCE = {torch.float32: 2e-4, torch.float16: 3e-3}
@@ -66,7 +69,7 @@ def rerun(work: Callable[[], None]) -> Callable[[], None]:
 
 
 @given(case=TRITON)
-@examples(3, 40)
+@examples(2, 40)
 def test_lists_per_layer_in_triton(case: VoteCase) -> None:
     batch = draw_batch(case, torch.float32)
     check_lists(GpuAttention(SPAN), batch)
@@ -74,7 +77,7 @@ def test_lists_per_layer_in_triton(case: VoteCase) -> None:
 
 
 @given(case=VOTES, dtype=st.sampled_from([torch.float32, torch.bfloat16]), room=st.booleans())
-@examples(4, 80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(3, 80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_votes_in_triton(monkeypatch: pytest.MonkeyPatch, case: VoteCase, dtype: torch.dtype, room: bool) -> None:
     """room: whether sums of whole pages are kept while keys are read; else these are read once more."""
     monkeypatch.setattr("kernels.gpu.attention.VOTE_BYTES", VOTE_BYTES if room else 0)
@@ -82,7 +85,7 @@ def test_votes_in_triton(monkeypatch: pytest.MonkeyPatch, case: VoteCase, dtype:
 
 
 @given(case=VOTES, room=st.booleans())
-@examples(3, 40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(2, 40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_captured_votes_in_triton(monkeypatch: pytest.MonkeyPatch, case: VoteCase, room: bool) -> None:
     monkeypatch.setattr("kernels.gpu.attention.VOTE_BYTES", VOTE_BYTES if room else 0)
     batch = draw_batch(case, torch.float32)
@@ -159,7 +162,7 @@ def test_rows_that_share_pages_vote(monkeypatch: pytest.MonkeyPatch, library: st
 
 @given(case=FLASHINFER)
 @pytest.mark.parametrize("uniform", [True, False], ids=["0.7", "0.6"])
-@examples(10, 40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(6, 40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_lists_per_layer_in_flashinfer(monkeypatch: pytest.MonkeyPatch, uniform: bool, case: VoteCase) -> None:
     monkeypatch.setitem(sys.modules, "flashinfer", fake_flashinfer)
     monkeypatch.setattr("kernels.flashinfer.flashinfer_graph.takes_uniform_queries", lambda library: uniform)
@@ -176,7 +179,7 @@ def test_lists_per_layer_in_flashinfer(monkeypatch: pytest.MonkeyPatch, uniform:
 
 @given(case=FLASHINFER)
 @pytest.mark.parametrize("uniform", [True, False], ids=["0.7", "0.6"])
-@examples(4, 30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(2, 30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_votes_in_flashinfer(monkeypatch: pytest.MonkeyPatch, uniform: bool, case: VoteCase) -> None:
     """Eager and captured."""
     monkeypatch.setitem(sys.modules, "flashinfer", fake_flashinfer)

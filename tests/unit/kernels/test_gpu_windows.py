@@ -45,7 +45,7 @@ def pool(pages: int, kv_heads: int, page_size: int, head_dim: int, dtype: torch.
     dtype=st.sampled_from([*TOLERANCE]),
     seed=st.integers(0, 1000),
 )
-@examples(7, 60)
+@examples(5, 60)
 def test_attention_to_a_window(
     rows: list[tuple[int, int]], window: int, page_size: int, group: int, span: int, dtype: torch.dtype, seed: int
 ) -> None:

@@ -17,7 +17,7 @@ from kernels.cpu.packing import PackedInt4, pack
 from kernels.weights.int4_weights import Int4Format
 from kernels.weights.matrix import QuantizedMatrix, regular_groups
 from tests.support.gates import GATES, joined
-from tests.support.profiles import examples
+from tests.support.profiles import each_value, examples
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ZEROS = {"eight": None, "points": torch.uint8, "halves": torch.float16, "floats": torch.float32}
@@ -110,8 +110,7 @@ def test_products(
     check(kernels, torch.randn(rows, features).to(dtype), matrix)
 
 
-@pytest.mark.parametrize("size", [32, 64, 128, 256])
-@pytest.mark.parametrize("zeros", ZEROS)
+@pytest.mark.parametrize(("zeros", "size"), each_value([*ZEROS], [32, 64, 128, 256]))
 def test_a_row_depends_on_nothing_else(kernels: CpuKernels, zeros: str, size: int) -> None:
     """Neither the number of rows, nor its place, nor the number of threads changes a bit."""
     torch.manual_seed(size)

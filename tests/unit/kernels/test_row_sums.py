@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from kernels.row_sums import row_logsumexp, row_sum
 from parallel.group import Group
 from parallel.vocab_shard import VocabShard
+from tests.support.profiles import is_all
 
 VOCAB = 49152
+ROWS = 40 if is_all() else 12
 
 
 @contextmanager
@@ -59,9 +61,9 @@ def test_other_rows_candidates_change_no_cut(threads_used: int) -> None:
 def test_a_row_decides_its_bits_alone(dtype: torch.dtype) -> None:
     """What sampling adds up over a vocabulary."""
     vocab = VocabShard(0, VOCAB, VOCAB, Group.single())
-    logits = torch.randn(40, VOCAB, generator=torch.Generator().manual_seed(3)).mul_(4).to(dtype)
-    tokens = torch.arange(40)
-    off = torch.zeros(40, dtype=torch.int64), torch.linspace(0.1, 0.99, 40, dtype=torch.float64), torch.zeros(40)
+    logits = torch.randn(ROWS, VOCAB, generator=torch.Generator().manual_seed(3)).mul_(4).to(dtype)
+    tokens = torch.arange(ROWS)
+    off = torch.zeros(ROWS, dtype=torch.int64), torch.linspace(0.1, 0.99, ROWS, dtype=torch.float64), torch.zeros(ROWS)
 
     def results(index: slice) -> list[torch.Tensor]:
         mine = logits[index].clone()
@@ -74,11 +76,11 @@ def test_a_row_decides_its_bits_alone(dtype: torch.dtype) -> None:
         ]
 
     with threads(1):
-        alone = [results(slice(i, i + 1)) for i in range(40)]
+        alone = [results(slice(i, i + 1)) for i in range(ROWS)]
     for count in (1, 2):
         with threads(count):
-            for size in (1, 4, 40):
-                for first in range(0, 40, size):
+            for size in (1, 4, ROWS):
+                for first in range(0, ROWS, size):
                     for found, *parts in zip(
                         results(slice(first, first + size)), *alone[first : first + size], strict=True
                     ):

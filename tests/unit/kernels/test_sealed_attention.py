@@ -19,7 +19,7 @@ from kernels.kv.kv_bits import SEALED_GROUP
 from kernels.kv.kv_pool import LayerKV
 from kernels.kv.sealing_pool import SealingPool
 from tests.support.kv_layers import SEALING
-from tests.support.profiles import examples
+from tests.support.profiles import each_value, examples
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 READS = [("int8", False), ("int4x2", False), ("int4x2", True)]
@@ -110,8 +110,7 @@ ROW = st.tuples(
 )
 
 
-@pytest.mark.parametrize("read", READS, ids=str)
-@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize(("dtype", "read"), each_value(list(TOLERANCE), READS), ids=str)
 @given(
     rows=st.lists(ROW, min_size=1, max_size=4),
     kv_heads=st.integers(1, 3),
@@ -163,10 +162,11 @@ def test_agrees_with_a_dense_pool(
     check(kernels, layer, batch, kv_heads * group, threads)
 
 
-@pytest.mark.parametrize("read", READS, ids=str)
-@pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
-@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-@pytest.mark.parametrize("group", [1, 4, 7])
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "read", "group"),
+    each_value([16, 64, 80, 128], [*TOLERANCE], READS, [1, 4, 7]),
+    ids=str,
+)
 def test_all_numbers_of_queries(
     kernels: CpuKernels, dtype: torch.dtype, head_dim: int, read: tuple[str, bool], group: int
 ) -> None:

@@ -23,7 +23,7 @@ from kernels.cpu.library import SEGMENT, CpuKernels
 from kernels.kv.kv_pool import LayerKV
 from models.default import user_cache
 from tests.support.paths import ROOT
-from tests.support.profiles import examples
+from tests.support.profiles import each_value, examples
 from tests.support.rig import pool_layer, sets_to_test
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -126,8 +126,7 @@ def test_pages_of_a_tree(
     check(kernels, layer, AttentionBatch(queries, lengths, pages), kv_heads * group, threads)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("queries", [1, 4, 7])
+@pytest.mark.parametrize(("queries", "dtype"), each_value([1, 4, 7], DTYPES), ids=str)
 def test_pages_of_many_rows(kernels: CpuKernels, queries: int, dtype: torch.dtype) -> None:
     """The queries of one segment are more than one piece of work holds."""
     torch.manual_seed(queries)

@@ -68,7 +68,7 @@ def test_the_first_segment() -> None:
     span=st.sampled_from([64, 4096]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
-@examples(7, 60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(5, 60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_triton(
     monkeypatch: pytest.MonkeyPatch,
     data: st.DataObject,

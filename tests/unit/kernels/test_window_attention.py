@@ -20,7 +20,7 @@ from kernels.cpu.library import SEGMENT, CpuKernels
 from kernels.kv.kv_bits import SEALED_GROUP
 from kernels.kv.kv_pool import LayerKV
 from tests.support.kv_layers import layer_of
-from tests.support.profiles import examples
+from tests.support.profiles import each_value, examples
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 POOL = 97
@@ -89,9 +89,9 @@ def check(
         start += n
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("window", [1, 15, 16, 17, 512, 9000])
+@pytest.mark.parametrize(
+    ("window", "head_dim", "dtype"), each_value([1, 15, 16, 17, 512, 9000], [64, 256, 128], [*TOLERANCE]), ids=str
+)
 def test_windows(kernels: CpuKernels, window: int, head_dim: int, dtype: torch.dtype) -> None:
     """Decode rows, a verify pass, and chunks of a prefill."""
     torch.manual_seed(window)
@@ -117,7 +117,7 @@ def test_windows(kernels: CpuKernels, window: int, head_dim: int, dtype: torch.d
     dtype=st.sampled_from(list(TOLERANCE)),
     seed=st.integers(0, 1000),
 )
-@examples(20, 150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(12, 150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_window(
     kernels: CpuKernels,
     rows: list[tuple[int, int]],
@@ -136,8 +136,7 @@ def test_any_window(
     check(kernels, layer, rows, max(1, (window or page_size) + beside), group)
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-@pytest.mark.parametrize("window", [1, 100, 512, 1500])
+@pytest.mark.parametrize(("window", "dtype"), each_value([1, 100, 512, 1500], [*TOLERANCE]), ids=str)
 def test_chunks_of_any_size(kernels: CpuKernels, window: int, dtype: torch.dtype) -> None:
     """A prompt has the same results to the bit however it is cut, beside another row or not."""
     torch.manual_seed(window)
@@ -154,8 +153,7 @@ def test_chunks_of_any_size(kernels: CpuKernels, window: int, dtype: torch.dtype
                 assert torch.equal(mine, torch.cat([all_of_it[-3:], all_of_it[first:last]]))
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4x2", "upper"])
-@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize(("dtype", "kind"), each_value([*TOLERANCE], ["int8", "int4x2", "upper"]), ids=str)
 def test_sealed_pages(kernels: CpuKernels, dtype: torch.dtype, kind: str) -> None:
     torch.manual_seed(0)
     layer = make_layer(kind, 2, SEALED_GROUP, 64, dtype)

@@ -21,6 +21,7 @@ from models.layouts.group_layout import SETTINGS, GroupLayout
 from models.loader import load_model
 from models.weights import find_tensors
 from parallel.group import Group
+from tests.support.profiles import whole_test_only_in_all
 from tests.support.rig import CPU, PagedRows
 
 LENGTH = 96
@@ -66,6 +67,7 @@ def model(int4_model_dir: Path) -> DecoderModel:
     return load_model(int4_model_dir, dtype=torch.float32, device=CPU, group=Group.single(), progress=False)
 
 
+@whole_test_only_in_all
 def test_logits(model: DecoderModel, int4_model_dir: Path) -> None:
     """Those of transformers with the same values in float32; see test_default_model_logits for the tolerance."""
     config = transformers.AutoConfig.from_pretrained(int4_model_dir)

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer as Library
 
 from models.marked_text import MarkedText
 from models.tokenizer import Tokenizer
+from tests.support.profiles import examples
 from tests.support.tiny import write_tokenizer
 
 NAMES = ("<s>", "</s>", "<|im_end|>")
@@ -76,6 +77,7 @@ TEXTS = st.lists(st.sampled_from([*NAMES, "<", "|", "s", "an ", " a", "a", " ", 
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=TEXTS, special=st.booleans(), data=st.data())
+@examples(20, 100)
 def test_marks_change_nothing_outside_names(kind: str, text: str, special: bool, data: st.DataObject) -> None:
     """Marks that stand for characters outside the names of special tokens change no id."""
     tokens = tokenizer(kind)
@@ -95,6 +97,7 @@ def split_at_names(text: str) -> list[str]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=TEXTS)
+@examples(20, 100)
 def test_a_marked_name_is_no_special_token(kind: str, text: str) -> None:
     tokens = tokenizer(kind)
     parts = split_at_names(text)

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models
 
 from models.tokenizer import IncrementalDecoder, Tokenizer, TokenizerError
+from tests.support.profiles import examples
 from tests.support.tiny import SPECIAL, TEMPLATE, write_tokenizer
 
 
@@ -41,11 +42,13 @@ def incremental(tokenizer: Tokenizer, ids: list[int], skip: bool = True) -> str:
 
 
 @given(text=st.text())
+@examples(30, 100)
 def test_round_trip(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == text
 
 
 @given(texts=st.lists(st.text(max_size=20), max_size=5), special=st.booleans())
+@examples(30, 100)
 def test_a_batch_is_its_texts(tokenizer: Tokenizer, texts: list[str], special: bool) -> None:
     alone = [tokenizer._tokenizer.encode(text, add_special_tokens=special).ids for text in texts]
     assert tokenizer.encode_batch(texts, special) == alone
@@ -63,11 +66,13 @@ def test_added_tokens_are_plain_text(tmp_path: Path) -> None:
 
 
 @given(ids=st.lists(st.integers(0, 330), max_size=60), skip=st.booleans())
+@examples(30, 100)
 def test_incremental_text_is_the_whole_text(tokenizer: Tokenizer, ids: list[int], skip: bool) -> None:
     assert incremental(tokenizer, ids, skip) == tokenizer.decode(ids, skip)
 
 
 @given(raw=st.lists(st.sampled_from([*"aé日🙂".encode(), 0x80, 0xFF, 0xF0]), max_size=80))
+@examples(30, 100)
 def test_incremental_text_of_broken_characters(tokenizer: Tokenizer, raw: list[int]) -> None:
     """Single-byte tokens: characters that are incomplete, or bytes that start no character."""
     single = {tokenizer.token_bytes(token): token for token in range(320)}
@@ -76,6 +81,7 @@ def test_incremental_text_of_broken_characters(tokenizer: Tokenizer, raw: list[i
 
 
 @given(text=st.text(max_size=30))
+@examples(30, 100)
 def test_characters_are_never_split(tokenizer: Tokenizer, text: str) -> None:
     decoder = IncrementalDecoder(tokenizer)
     pieces = [decoder.push(token) for token in tokenizer.encode(text) if token > 2]
@@ -98,6 +104,7 @@ def test_skipped_tokens_do_not_split_a_character(tokenizer: Tokenizer) -> None:
 
 
 @given(words=st.lists(st.sampled_from(["▁Hello", "▁world", "!", "ab", "<0x0A>", "</s>", "é", "日"]), max_size=40))
+@examples(30, 100)
 def test_incremental_text_with_byte_fallback(llama2: Tokenizer, words: list[str]) -> None:
     ids: list[int] = []
     for word in words:
@@ -131,6 +138,7 @@ def test_work_per_token_is_bounded(tokenizer: Tokenizer) -> None:
 
 
 @given(ids=st.lists(st.integers(0, 319), max_size=40))
+@examples(30, 100)
 def test_token_bytes_join_to_the_text(tokenizer: Tokenizer, ids: list[int]) -> None:
     raw = b"".join(map(tokenizer.token_bytes, ids))
     assert raw.decode(errors="replace") == tokenizer.decode(ids, skip_special_tokens=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from models.quantize.quantize_model import quantize
 from parallel.group import Group
 from parallel.matrix_layer import WeightChoice
 from tests.support.oracle_models import VOCAB, OracleRow, check_served, load_served
+from tests.support.profiles import each_value, is_all, whole_test_only_in_all
 from tests.support.rig import CPU, compiled, run_ranks
 
 WINDOW, ORIGINAL, LENGTH = 20, 32, 130
@@ -67,6 +69,7 @@ OLD_KEYS: dict[str, Any] = {
     "swiglu_limit": 7.0,
 }
 """As OpenAI publishes it, instead of `rope_parameters`."""
+OPS = ["reference", "compiled"]
 LAYERS: dict[str, dict[str, Any]] = {
     "alternating": {},
     "layer_types": {"layer_types": ["full_attention", *["sliding_attention"] * 2, "full_attention"]},
@@ -138,23 +141,24 @@ def a_text(length: int = LENGTH) -> list[int]:
     return [draw.randrange(3, VOCAB) for _ in range(length)]
 
 
-@pytest.fixture(params=["reference", "compiled"])
+@pytest.fixture
 def ops(request: pytest.FixtureRequest) -> Ops:
     return REFERENCE if request.param == "reference" else compiled()
 
 
-@pytest.mark.parametrize("layers", LAYERS)
+@pytest.mark.parametrize(("layers", "ops"), each_value([*LAYERS], OPS), indirect=["ops"])
 def test_equals_transformers(layers: str, ops: Ops, tmp_path: Path) -> None:
     theirs = write(tmp_path, LAYERS[layers])
-    check_served(tmp_path, theirs, ops=ops, length=LENGTH, new_tokens=33)
+    check_served(tmp_path, theirs, ops=ops, length=LENGTH, new_tokens=33 if is_all() else 9)
 
 
-@pytest.mark.parametrize("stored", ["bfloat16", "mxfp4"])
+@pytest.mark.parametrize(("stored", "ops"), each_value(["bfloat16", "mxfp4"], OPS), indirect=["ops"])
 def test_equals_transformers_with_weights_of_fewer_bits(stored: str, ops: Ops, tmp_path: Path) -> None:
     theirs = write_mxfp4(tmp_path) if stored == "mxfp4" else write(tmp_path, dtype=torch.bfloat16)
-    check_served(tmp_path, theirs, ops=ops, length=LENGTH, new_tokens=33)
+    check_served(tmp_path, theirs, ops=ops, length=LENGTH, new_tokens=33 if is_all() else 9)
 
 
+@whole_test_only_in_all
 @pytest.mark.parametrize("part", ["sinks", "limit", "window", "positions", "router", "biases"])
 def test_every_part_of_the_oracle_matters(part: str, tmp_path: Path) -> None:
     """A model without it has other logits, so that the comparisons here show something."""
@@ -201,8 +205,7 @@ def test_values_of_mxfp4_are_exact(tmp_path: Path) -> None:
     torch.testing.assert_close(as_stored, dense, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
-@pytest.mark.parametrize("write_it", [write, write_mxfp4])
+@pytest.mark.parametrize(("size", "write_it"), each_value([1, 2, 3], [write_mxfp4, write]))
 def test_ranks(write_it: Callable[[Path], Any], size: int, tmp_path: Path) -> None:
     expected, text = logits_of(write_it(tmp_path), a_text()), a_text()
 
@@ -294,6 +297,14 @@ def test_refused_configs(changes: dict[str, Any], message: str) -> None:
 LAYER = "model.layers.1.mlp.experts"
 
 
+@pytest.fixture(scope="module")
+def whole_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint as `write_mxfp4` writes it."""
+    directory = tmp_path_factory.mktemp("whole")
+    write_mxfp4(directory)
+    return directory
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
@@ -314,9 +325,9 @@ LAYER = "model.layers.1.mlp.experts"
     ],
 )
 def test_broken_tensors_are_named(
-    name: str, change: Callable[[Tensor], Tensor] | None, message: str, tmp_path: Path
+    name: str, change: Callable[[Tensor], Tensor] | None, message: str, whole_directory: Path, tmp_path: Path
 ) -> None:
-    write_mxfp4(tmp_path)
+    shutil.copytree(whole_directory, tmp_path, dirs_exist_ok=True)
     tensors = load_file(tmp_path / "model.safetensors")
     whole = tensors.pop(name)
     if change is not None:

@@ -22,6 +22,7 @@ from parallel.group import Group
 from parallel.matrix_layer import WeightChoice
 from tests.support.gguf_files import TOKENS, write_gguf
 from tests.support.model_weights import tensors_of
+from tests.support.profiles import each_value
 from tests.support.rig import CPU, PagedRows, run_ranks
 
 CONFIG: dict[str, Any] = {
@@ -91,8 +92,7 @@ def stored(path: Path) -> dict[str, Tensor]:
     return load_file(path / "model.safetensors")
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("embedding", ["Q8_0", "Q4_K", "F16", "F32"])
+@pytest.mark.parametrize(("embedding", "tied"), each_value(["Q8_0", "Q4_K", "F16", "F32"], [True, False]))
 def test_the_model_is_that_of_transformers(tmp_path: Path, embedding: str, tied: bool) -> None:
     types = MIXED | {"model.embed_tokens.weight": embedding} | ({} if tied else {"lm_head.weight": "Q6_K"})
     src, dst = written(tmp_path, types, tie_word_embeddings=tied), tmp_path / "dst"

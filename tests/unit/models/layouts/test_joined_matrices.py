@@ -24,6 +24,7 @@ from parallel.group import Group
 from parallel.matrix_layer import Placement
 from tests.support.model_weights import tensors_of
 from tests.support.packed_weights import LAYOUTS, Drawn, Packed
+from tests.support.profiles import each_value, is_all
 from tests.support.rig import CPU, PagedRows, run_ranks
 from tests.support.tiny import write_tokenizer
 
@@ -93,7 +94,8 @@ def scaled(packed: Packed, features: int) -> Packed:
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "dense"])
 def test_layouts(layout: str, tmp_path: Path) -> None:
-    """Every number of ranks up to one query head each has the logits of the dense values in parts."""
+    """Every number of ranks up to one query head each has the logits of the dense values in parts. `make test` has one
+    number for each layout."""
     values, stored, settings = dense_weights(), {}, None
     for name, value in values.items():
         module, rows = name.removesuffix(".weight"), value.shape[0]
@@ -107,7 +109,8 @@ def test_layouts(layout: str, tmp_path: Path) -> None:
         values[name] = packed.values.float()
     write(tmp_path / "joined", stored, quantization_config=settings)
     expected = logits(load(write(tmp_path / "parts", parted(values), model_type="llama", rms_norm_eps=1e-5)))
-    for size in (1, 2, 3, 4, 6):
+    sizes = [1, 2, 3, 4, 6]
+    for size in sizes if is_all() else [sizes[[*LAYOUTS, "dense"].index(layout) % len(sizes)]]:
         found = run_ranks(size, lambda group: logits(load(tmp_path / "joined", group)))
         torch.testing.assert_close(torch.cat(found, 1), expected, atol=1e-4, rtol=1e-4)
         run_ranks(size, lambda group: check_model(tmp_path / "joined", parse_config(PHI), group))
@@ -181,8 +184,10 @@ def test_conversion_keeps_them(tmp_path: Path) -> None:
     assert all(torch.equal(made[name], weights[name]) for name in made)
 
 
-@pytest.mark.parametrize("texts", [[], [[1 + (7 * i + j) % 39 for i in range(24)] for j in range(8)]])
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(
+    ("symmetric", "texts"),
+    each_value([False, True], [[], [[1 + (7 * i + j) % 39 for i in range(24)] for j in range(8)]]),
+)
 def test_quantized_like_their_parts(symmetric: bool, texts: list[list[int]], tmp_path: Path) -> None:
     """`magicdec quantize` rounds a joined matrix to what it makes of the parts: their rows have the same inputs."""
     changes = {"intermediate_size": 32}

@@ -24,6 +24,7 @@ from models.weights import find_tensors
 from parallel.group import Group
 from parallel.matrix_layer import WeightChoice
 from tests.support.paths import ROOT
+from tests.support.profiles import is_all
 from tests.support.rig import CPU, PagedRows, run_ranks
 
 DATA = ROOT / "tests" / "data" / "quantized"
@@ -82,6 +83,8 @@ def test_logits_are_those_of_the_library(directory: Path) -> None:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_compute_the_same(directory: Path, size: int) -> None:
+    if not is_all() and [*DIRECTORIES].index(directory.name) % 2 == size % 2:
+        pytest.skip("only in `make test-all`: other layouts have this number of ranks")
     choice = EXACT if directory.name in ROUNDED else WeightChoice()
 
     def work(group: Group) -> Tensor:

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,6 +18,7 @@ from models.layouts.layout import parse_layout
 from models.layouts.weight_files import WeightFiles
 from models.weights import StoredTensors
 from tests.support.packed_weights import LAYOUTS, Drawn, Packed
+from tests.support.profiles import examples
 
 MODULE = "model.layers.3.mlp.up_proj"
 
@@ -43,7 +44,7 @@ def parts(draw: st.DrawFn, size: int) -> slice:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@settings(max_examples=40, deadline=None)
+@examples(10, 40)
 @given(data=st.data())
 def test_parts_of_random_matrices(layout: str, data: st.DataObject) -> None:
     drawn = Drawn(

@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels.weights.int4_weights import LEVELS, Int4Format
 from kernels.weights.matrix import QuantizedMatrix
 from models.quantize.gptq_rounding import DAMPENING, gptq
+from tests.support.profiles import each_value, examples
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -37,10 +38,13 @@ def test_less_error_than_nearest(symmetric: bool) -> None:
     assert error(int4.quantize(weight)) >= 1.3 * error(gptq(weight, x.t() @ x, int4))
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize(("features", "size"), [(40, 8), (300, 64), (290, 144), (30, 64)])
-def test_the_columns_left_make_up_for_the_error(features: int, size: int, symmetric: bool) -> None:
-    """Before a column is rounded, those from it on are what gives the least squared error with those before it."""
+@pytest.mark.parametrize(
+    ("sizes", "symmetric"), each_value([(40, 8), (300, 64), (290, 144), (30, 64)], [False, True]), ids=str
+)
+def test_the_columns_left_make_up_for_the_error(sizes: tuple[int, int], symmetric: bool) -> None:
+    """Before a column is rounded, those from it on are what gives the least squared error with those before it. sizes:
+    features, and features per group."""
+    features, size = sizes
     rows, int4 = 5, Int4Format(size, symmetric)
     weight, x = drawn(rows, features, seed=3), correlated(400, features)
     hessian = (x.t() @ x).double()
@@ -70,6 +74,7 @@ def test_the_columns_left_make_up_for_the_error(features: int, size: int, symmet
     symmetric=st.booleans(),
     seed=st.integers(0, 99),
 )
+@examples(25, 100)
 def test_inputs_without_correlation_round_to_nearest(
     rows: int, features: int, size: int, symmetric: bool, seed: int
 ) -> None:
@@ -86,6 +91,7 @@ def test_inputs_without_correlation_round_to_nearest(
     symmetric=st.booleans(),
     seed=st.integers(0, 99),
 )
+@examples(25, 100)
 def test_columns_of_inputs_that_are_always_0(
     rows: int, features: int, tokens: int, size: int, symmetric: bool, seed: int
 ) -> None:

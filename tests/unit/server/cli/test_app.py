@@ -3,6 +3,7 @@ traceback."""
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from engine.config.deployment import ConfigError
 from models.config import ModelError
 from server.cli import is_expected, main, repeated
 from tests.support.paths import ROOT
+from tests.support.profiles import whole_test_only_in_all
 from tests.support.tiny import write_model
 
 
@@ -103,6 +105,16 @@ except SystemExit:
     assert done.returncode == 0, done.stderr
 
 
+def test_what_an_output_cannot_encode_is_written_as_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr("models.conversion.convert.convert", lambda *paths, **flags: print("\xe5\u65e5"))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "latin-1"))
+    assert run(monkeypatch, "convert", "a", "b") == 0
+    sys.stdout.flush()
+    assert b"\xe5\\u65e5" in written.getvalue()
+
+
+@whole_test_only_in_all
 def test_text_that_the_output_cannot_encode_is_written_as_escapes(tmp_path: Path) -> None:
     model = str(write_model(tmp_path / "model"))
     code = "import sys; from server import cli; sys.argv[0] = 'magicdec'; cli.main()"

@@ -20,6 +20,7 @@ from server.errors import ApiError
 from server.text import structured
 from server.text.json_schema import FORMATS, close_objects, exceeds
 from server.text.structured import StructuredOutputs, check_grammar
+from tests.support.profiles import examples
 
 
 @pytest.fixture(scope="module")
@@ -244,6 +245,7 @@ def test_deep_and_wide_schemas_end() -> None:
 @given(
     schema=st.recursive(st.none() | st.text(max_size=4), lambda each: st.lists(each) | st.dictionaries(st.text(), each))
 )
+@examples(25, 100)
 def test_a_schema_that_exceeds_a_limit_does_so_as_text(schema: Any) -> None:
     length = len(json.dumps(schema, ensure_ascii=False, separators=(",", ":")))
     assert not exceeds(schema, length)

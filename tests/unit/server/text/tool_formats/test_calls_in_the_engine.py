@@ -16,7 +16,7 @@ from tests.support.schemas import random_schema
 from tests.support.tiny import write_model
 from tests.support.tool_walks import check_calls, parse
 
-SCHEMAS = 200 if is_all() else 60
+SCHEMAS = 200 if is_all() else 24
 NAMES = ("get", "getx", "get.x", "Get_9")
 CLOSING = '"}]>'
 

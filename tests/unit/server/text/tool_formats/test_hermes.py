@@ -10,6 +10,7 @@ import pytest
 from server.text.tool_formats.hermes import HermesFormat
 from server.text.tools.functions import Function
 from server.text.tools.tool_format import CallPart, Part
+from tests.support.profiles import whole_test_only_in_all
 from tests.support.tool_walks import OFFERED, Call, check_parser, parse
 
 OSLO = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
@@ -134,6 +135,7 @@ def test_text_is_passed_on_as_it_comes() -> None:
     assert [parser.feed(char) for char in "a <tool b"] == [["a"], [" "], [], [], [], [], [], ["<tool "], ["b"]]
 
 
+@whole_test_only_in_all
 def test_long_answers_take_time_in_proportion() -> None:
     long = OSLO.replace("Oslo", "Oslo\\n{[<tool_call>" * 50_000)
     (call,) = parse(HermesFormat().parser([Function("get_weather", {})]), [long])

@@ -5,12 +5,13 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from server.text.tool_formats.tool_registry import FORMATS
 from server.text.tools.functions import Function
 from server.text.tools.tool_format import CallPart
+from tests.support.profiles import examples
 from tests.support.tool_walks import OFFERED, parse
 
 PIECES = [
@@ -33,7 +34,7 @@ CALLS = [Function(name, parameters) for name, parameters in OFFERED.items()]
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@settings(max_examples=300, deadline=None)
+@examples(70, 300)
 @given(pieces=st.lists(st.sampled_from(PIECES), max_size=30), cuts=st.lists(st.integers(0, 400)))
 def test_any_text_in_any_pieces(name: str, pieces: list[str], cuts: list[int]) -> None:
     text = "".join(pieces)

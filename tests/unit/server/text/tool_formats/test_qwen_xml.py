@@ -12,6 +12,7 @@ from server.text.tool_formats.qwen_xml import QwenXmlFormat
 from server.text.tools.functions import Function
 from server.text.tools.parameter_values import to_json, types_of
 from server.text.tools.tool_format import CallPart
+from tests.support.profiles import whole_test_only_in_all
 from tests.support.tool_walks import Call, check_parser, parse
 
 
@@ -178,6 +179,7 @@ def test_arguments_that_are_no_object_become_one() -> None:
     ]
 
 
+@whole_test_only_in_all
 def test_long_answers_take_time_in_proportion() -> None:
     value = "\n<</</para</parameter" * 20_000
     (call,) = parse(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from models.tokenizer import Tokenizer
@@ -19,6 +19,7 @@ from server.text.tool_formats.tool_registry import FORMATS
 from server.text.tools.functions import Function, ToolUse
 from server.text.tools.tool_format import CallPart, ToolFormat
 from server.text.tools.tool_grammar import checked_grammar_of_tools, grammar_of_tools
+from tests.support.profiles import examples
 from tests.support.tool_walks import Walker, check_calls, functions, parse, write_tool_tokenizer
 
 TOKENS = ["<tool_call>", "</tool_call>", "<think>", "</think>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"]
@@ -63,7 +64,7 @@ def form(request: pytest.FixtureRequest) -> ToolFormat:
     return FORMATS[request.param]
 
 
-WALKS = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+WALKS = examples(7, 40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 """In each format."""
 
 
