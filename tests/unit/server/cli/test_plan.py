@@ -20,7 +20,7 @@ from kernels.weights.weight_bits import EXPERTS_ALONE, WEIGHT_BITS
 from server.cli import main
 from server.cli.plan import DraftWeightsName, KVFormatName, TermsName, WeightsName
 from tests.support.paths import ROOT
-from tests.support.profiles import is_all, only_in_all
+from tests.support.profiles import is_all
 
 FIELDS = {
     *("model", "draft", "gpu", "tensor_parallel", "batch", "context", "budget", "alpha", "gamma", "speedup", "fits"),
@@ -92,9 +92,7 @@ def test_the_best_is_chosen(plan: Planner) -> None:
             assert other["speedup"] <= best["speedup"]
 
 
-@pytest.mark.parametrize(
-    "row", [only_in_all(row) if number % 3 else row for number, row in enumerate(row for row in read_rows() if row.fit)]
-)
+@pytest.mark.parametrize("row", [row for row in read_rows() if row.fit])
 def test_published_rows(plan: Planner, row: Row) -> None:
     where = ("--tp", "8", "--draft", row.draft, "--batch", str(row.batch), "--context", str(row.context))
     (found,) = plan(*where, "--budget", str(row.budget), "--gamma", str(row.gamma), model=row.target)
@@ -243,7 +241,7 @@ def test_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     assert [row.split()[-3] for row in rows] == ["yes", "no"]
 
 
-@pytest.mark.parametrize("batches", ["32,64", only_in_all("32")])
+@pytest.mark.parametrize("batches", ["32,64", "32"])
 def test_plot(plan: Planner, tmp_path: Path, batches: str) -> None:
     file = tmp_path / "plan.png"
     plan("--tp", "8", "--batch", batches, "--context", "8000,130000", "--plot", str(file))
@@ -289,22 +287,22 @@ def test_one_line(
 @pytest.mark.parametrize(
     ("flag", "value"),
     [
-        *(("--tp", "0"), only_in_all("--batch", "0"), ("--batch", "8,"), ("--context", "x"), ("--budget", "0")),
+        *(("--tp", "0"), ("--batch", "0"), ("--batch", "8,"), ("--context", "x"), ("--budget", "0")),
         *(
-            only_in_all("--budget", "some"),
-            only_in_all("--alpha", "1.5"),
+            ("--budget", "some"),
+            ("--alpha", "1.5"),
             ("--alpha", "nan"),
             ("--gamma", "17"),
-            only_in_all("--gamma", "-1"),
-            only_in_all("--layer-us", "-1"),
+            ("--gamma", "-1"),
+            ("--layer-us", "-1"),
             ("--layer-us", "inf"),
-            only_in_all("--shared", "-1"),
+            ("--shared", "-1"),
             ("--shared", "x"),
         ),
         *(
-            only_in_all("--policy", "h2o"),
+            ("--policy", "h2o"),
             ("--policy", "window,all"),
-            only_in_all("--policy", ""),
+            ("--policy", ""),
             ("--dtype", "int3"),
             ("--kv-format", "int3"),
             ("--json", "/no/such/dir/x.json"),
@@ -358,17 +356,13 @@ def test_terms(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("arguments", "flag"),
     [
-        *((("--model", "llama-3.1-8b"), "--model"), only_in_all(("--tp", "2"), "--tp")),
-        only_in_all(("--context", "8000"), "--context"),
-        *((("--gamma", "6"), "--gamma"), only_in_all(("--alpha", "0.9"), "--alpha")),
-        only_in_all(("--budget", "512"), "--budget"),
-        *(only_in_all(("--draft", "self"), "--draft"), only_in_all(("--policy", "window"), "--policy")),
-        (("--plot", "x.png"), "--plot"),
-        *(only_in_all(("--dtype", "bfloat16"), "--dtype"), only_in_all(("--batch", "1,2"), "--batch")),
-        (("--gpu", "cpu"), "--gpu"),
-        *(only_in_all(("--layer-us", "20"), "--layer-us"), (("--batch", "x"), "--batch")),
-        only_in_all(("--shared", "8"), "--shared"),
-        only_in_all(("--kv-format", "int8"), "--kv-format"),
+        *((("--model", "llama-3.1-8b"), "--model"), (("--tp", "2"), "--tp"), (("--context", "8000"), "--context")),
+        *((("--gamma", "6"), "--gamma"), (("--alpha", "0.9"), "--alpha"), (("--budget", "512"), "--budget")),
+        *((("--draft", "self"), "--draft"), (("--policy", "window"), "--policy"), (("--plot", "x.png"), "--plot")),
+        *((("--dtype", "bfloat16"), "--dtype"), (("--batch", "1,2"), "--batch"), (("--gpu", "cpu"), "--gpu")),
+        *((("--layer-us", "20"), "--layer-us"), (("--batch", "x"), "--batch")),
+        (("--shared", "8"), "--shared"),
+        (("--kv-format", "int8"), "--kv-format"),
         (("--json", "/no/such/dir/x.json"), "--json"),
     ],
 )
@@ -388,7 +382,7 @@ def test_help_names_models_and_gpus(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert all(name in said for name in ("llama-3.1-70b", "tinyllama-1.1b", "a100-80gb", "l40s", "cpu"))
 
 
-@pytest.mark.parametrize("arguments", [only_in_all(("--model", "llama-3.1-8b")), ("--terms", "vegas")])
+@pytest.mark.parametrize("arguments", [("--model", "llama-3.1-8b"), ("--terms", "vegas")])
 def test_needs_neither_torch_nor_matplotlib(arguments: tuple[str, str]) -> None:
     code = """
 import sys
@@ -401,7 +395,6 @@ except SystemExit as ended:
     heavy = {"torch", "transformers", "matplotlib", "numpy"} & set(sys.modules)
     sys.exit(f"imported: {heavy}" if heavy else ended.code)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
