@@ -72,8 +72,8 @@ class StopString:
 
 
 class Seen(NamedTuple):
-    """Text that stop strings match: a range of the stream's text, in characters, behind others that are no part of it,
-    if this text is longer than the range."""
+    """Text that stop strings match: a range of the stream's text, in characters. `text` may be longer than the range:
+    then it begins with characters that the stream's text does not have, such as an empty line between messages."""
 
     text: str
     begin: int
@@ -105,8 +105,8 @@ class TextStream:
     """Text of one request. The chunks join to the same text, however the tokens were split into rounds.
 
     Text that may be the beginning of a stop string is held back until that is decided. A stop string counts only if the
-    token that completes it is the `min_tokens`-th or a later one. They match all of the text, or what a StopScope finds
-    in it; the text is cut where the match begins.
+    token that completes it is the `min_tokens`-th or a later one. Stop strings match all of the text, or what a
+    StopScope finds in it; the text is cut where the match begins.
     """
 
     def __init__(
@@ -130,6 +130,7 @@ class TextStream:
         self._places: deque[tuple[int, int]] = deque(maxlen=longest)  # begin and end of the last characters seen
         self._tokens = 0
         self._length = 0  # length of the text so far, including held-back text
+        self._exempt = -1  # length of the text of the tokens before the `min_tokens`-th one; -1: all count
         self._held = ""
 
     def take(self, output: RequestOutput) -> Delta:
@@ -170,6 +171,8 @@ class TextStream:
             piece = self._decoder.push(token)
             offsets.append(self._length + self._decoder.owed(token, piece))
             scoped = self._scope.feed(piece, token, offsets[-1]) if self._stops and self._scope else None
+            if self._tokens < self._params.min_tokens:
+                self._exempt = self._length + len(piece)
             if stopped := self._take(piece, scoped, ready):
                 return TextChunk("".join(ready), offsets, stopped)
         return TextChunk("".join(ready), offsets)
@@ -205,7 +208,7 @@ class TextStream:
                     self._matched[index], whole = stop.feed(self._matched[index], char)
                     if whole:
                         complete.append(stop.text)
-                if complete and self._tokens >= self._params.min_tokens:
+                if complete and end > self._exempt:
                     longest = max(complete, key=len)
                     keeps = self._params.include_stop_str_in_output
                     cut = self._places[-1][1] if keeps else self._places[-len(longest)][0]

@@ -20,10 +20,9 @@ from server.errors import ApiError, draining, engine_dead, engine_restarting, un
 from server.limits import check_tokens
 from server.observe.metrics import Metrics
 from server.observe.tracing import Tracing
+from server.text.answer_formats import choose_formats
 from server.text.infilling import find_infilling
 from server.text.template import ChatTemplate, Rendered
-from server.text.thinking.thinking_registry import choose_thinking
-from server.text.tool_formats.tool_registry import choose_format
 from server.version import build
 
 logger = logging.getLogger(__name__)
@@ -61,11 +60,8 @@ class Service:
         self.config = config
         self.tokenizer = tokenizer
         self.template = ChatTemplate(tokenizer, config.server.special_tokens_in_content)
-        thinking, tool_format = config.server.thinking, config.server.tool_format
-        if "harmony" in (thinking, tool_format):  # the other setting is the same or auto
-            thinking = tool_format = "harmony"
-        self.tool_format = choose_format(tool_format, tokenizer.chat_template)
-        self.thinking = choose_thinking(thinking, tokenizer.chat_template)
+        formats = config.server.thinking, config.server.tool_format
+        self.thinking, self.tool_format = choose_formats(*formats, tokenizer.chat_template)
         self.marks_of_calls = tokenizer.ids_of(self.tool_format.markers)
         names = {tokenizer.id_of(name): name for name in self.thinking.marks}
         self.marks_of_thinking = {id: name for id, name in names.items() if id is not None}

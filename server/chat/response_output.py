@@ -139,10 +139,11 @@ class ContentTokens:
         return found
 
     def _take(self, start: int, end: int) -> list[dict[str, Any]]:
-        """Return the tokens of text that stands from `start` to `end`, and forget those before it."""
+        """Return the tokens that have a part in the text from `start` to `end`, and forget those before it."""
         self._end = end
         before = [self._waiting.popleft() for _ in range(self._count(self._end))]
-        return [token for offset, token in before if offset >= start]
+        ends = [*(offset for offset, _ in before[1:]), end]
+        return [token for (offset, token), until in zip(before, ends, strict=False) if offset >= start or until > start]
 
     def _count(self, end: int) -> int:
         return sum(offset < end for offset, _ in self._waiting)

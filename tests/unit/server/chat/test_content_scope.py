@@ -88,3 +88,14 @@ def test_stop_strings_match_what_follows_tags(tokenizer: Tokenizer, pieces: list
         free, _ = answer(tokenizer, form, tokens, [], SamplingParams())
         for cuts in ([], list(range(1, len(tokens)))):
             assert answer(tokenizer, form, tokens, cuts, SamplingParams(stop=tuple(stops))) == expected(free, stops)
+
+
+def test_min_tokens_is_of_the_token_that_completes_a_match(tokenizer: Tokenizer) -> None:
+    """Whether line breaks before the first letter are content is known with that letter only."""
+    form = TaggedThinking("think", "<think>", "</think>")
+    tokens = [token for piece in ("\n", "\n", "a", "b", "\n", "c") for token in tokenizer.encode(piece, False)]
+    assert len(tokens) == 6
+    for min_tokens, want in ((2, "\n"), (3, "\n\nab"), (5, "\n\nab"), (6, "\n\nab\nc")):
+        params = SamplingParams(stop=("\n",), min_tokens=min_tokens)
+        for cuts in ([], [1, 2, 3, 4, 5]):
+            assert answer(tokenizer, form, tokens, cuts, params)[0] == want

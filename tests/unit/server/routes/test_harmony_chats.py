@@ -211,6 +211,19 @@ def test_each_message_has_the_logprobs_of_its_own_tokens(harmony: Path, text: st
     run_scripted(harmony, text, test)
 
 
+def test_a_token_is_part_of_the_message_whose_first_space_it_has(harmony: Path) -> None:
+    """Spaces at the beginning of a message are not content, but stand in one token with a word that is."""
+
+    async def test(http: httpx.AsyncClient, client: ScriptedClient, service: Service) -> None:
+        body = {"input": "hi", "include": ["message.output_text.logprobs"]}
+        (item,) = (await ask_both_ways(http, body))["output"]
+        (part,) = item["content"]
+        assert part["text"] == "the\n\nthe"
+        assert [entry["token"] for entry in part["logprobs"]] == [" the", " the"]
+
+    run_scripted(harmony, f"{TWICE} the{NEXT}{TWICE} the", test)
+
+
 @pytest.mark.parametrize("size", [1, 2, 5, 1000])
 @pytest.mark.parametrize(
     ("text", "stop", "content"),
