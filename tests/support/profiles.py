@@ -7,6 +7,7 @@ Hypothesis may be missing where only tests of GPUs run; there is the first profi
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -42,16 +43,19 @@ def is_all() -> bool:
     return settings.get_current_profile_name() == ALL
 
 
+def _mark() -> pytest.MarkDecorator:
+    return pytest.mark.skipif(not is_all(), reason="only in `make test-all`")
+
+
 def only_in_all(*values: Any, **more: Any) -> Any:
     """A parameter set that `make test` skips: another one, which always runs, finds the same faults less directly."""
-    return pytest.param(*values, marks=pytest.mark.skipif(not is_all(), reason="only in `make test-all`"), **more)
+    return pytest.param(*values, marks=_mark(), **more)
 
 
 def whole_test_only_in_all(test: Test) -> Test:
     """Decorate a test that `make test` skips: one that always runs finds the same faults less directly, or the test is
     of a program that only measures."""
-    mark = pytest.mark.skipif(not is_all(), reason="only in `make test-all`")
-    marked: Test = mark(test)
+    marked: Test = _mark()(test)
     return marked
 
 
@@ -66,12 +70,9 @@ def each_value(*axes: list[Any] | tuple[Any, ...]) -> list[Any]:
     """Parameter sets of all combinations of the axes' values. `make test` runs as many as the longest axis has values:
     the first values of all axes, the second ones, and so on, from the start again where an axis is shorter. So each
     value occurs, but not each pair."""
-    places: list[tuple[int, ...]] = [()]
-    for axis in axes:
-        places = [(*place, number) for place in places for number in range(len(axis))]
     kept = {tuple(number % len(axis) for axis in axes) for number in range(max(map(len, axes)))}
-    sets = []
-    for place in places:
-        values = [axis[at] for axis, at in zip(axes, place, strict=True)]
-        sets.append(pytest.param(*values) if place in kept else only_in_all(*values))
-    return sets
+    places = itertools.product(*(range(len(axis)) for axis in axes))
+    return [
+        pytest.param(*values) if place in kept else only_in_all(*values)
+        for place, values in zip(places, itertools.product(*axes), strict=True)
+    ]
