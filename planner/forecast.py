@@ -260,10 +260,6 @@ class Deployment:
         kv = target.kv_bytes(tokens) + target.exact_page_bytes
         return weights, kv, draft_weights, own + self._draft_page_bytes(budget, tokens)
 
-    def _keeps_context(self, budget: int | None) -> bool:
-        """Whether the draft keeps KV of its own for the whole context, in pages beside the target's."""
-        return self._speculation(budget).has_draft_pages
-
     def _speculation(self, budget: int | None) -> SpeculationConfig:
         """Return the settings of a server that drafts like this. budget: None: all KV."""
         kv = AllConfig(policy="all") if budget is None else self.costs.settings(budget)
@@ -273,7 +269,7 @@ class Deployment:
         """Compute the bytes that drafts keep of a row's pages on the rank that holds the most: their KV, if the target
         does not have it, and their summaries."""
         dense = self.drafter.dense_kv_bytes(tokens)
-        own = dense if self._keeps_context(budget) else 0
+        own = dense if self._speculation(budget).has_draft_pages else 0
         kept = KVState() if budget is None else self.costs.state(budget, 1, self._drafter_name)
         return own + -(-kept.summaries * dense // (2 * self.costs.page_size))  # a key is half of the KV
 

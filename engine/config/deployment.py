@@ -164,12 +164,12 @@ class ServerConfig(Settings):
     """Defaults of sampling parameters. model: those of the model's generation_config.json, where it names them; none:
     those of the OpenAI API."""
     tool_format: Literal["auto", "hermes", "llama_json", "mistral", "harmony", "qwen_xml", "generic_json"] = "auto"
-    """How the model writes calls of functions. auto: harmony if `thinking` is, else as its chat template says, else
-    generic_json."""
+    """How the model writes calls of functions. auto: harmony if `thinking` is, and not if that is another format; else
+    as its chat template says, else generic_json."""
     thinking: Literal["auto", "think", "harmony", "none"] = "auto"
     """Text that is not content but thinking. think: that between <think> and </think>, at the beginning of an answer;
-    harmony: that in other channels than `final`; auto: harmony if `tool_format` is, else as the chat template says,
-    else none; none: none."""
+    harmony: that in other channels than `final`; auto: harmony if `tool_format` is, and not if that is another format;
+    else as the chat template says, else none; none: none."""
     clamp_max_tokens: bool = False
     """Whether a request for more tokens than there is room for gets as many as there is room for, and the answer says
     so (clamped_max_tokens); else it is refused."""
