@@ -129,6 +129,18 @@ def yarn_attention_factor(
     return scale(1.0)
 
 
+def dynamic_theta(theta: float, rotated: int, *, factor: float, original_max_positions: int, length: int) -> float:
+    """Return the theta that dynamic NTK scaling (YaRN, arXiv 2309.00071, section 3.3, as transformers has it) makes of
+    another for texts of `length` tokens: theta * (factor * length / original - (factor - 1))^(rotated / (rotated - 2)),
+    unchanged up to the original positions.
+
+    rotated: number of a head's elements that rotate, more than 2.
+    """
+    longer = max(length, original_max_positions) / original_max_positions
+    scale: float = (factor * longer - (factor - 1)) ** (rotated / (rotated - 2))
+    return theta * scale
+
+
 def longrope_frequencies(periods: Tensor, factors: Sequence[float]) -> Tensor:
     """Multiply each period by its factor (LongRoPE, arXiv 2402.13753). periods: [pairs] float32, see rotary_periods.
     Returns radians per position, [pairs] float32."""

@@ -156,8 +156,8 @@ class DecoderModel(Module):
         """Keep only the first `count` positions, and free the memory of the others."""
         if count < self.max_positions:
             self._rotary = {
-                kind: self._tables(kind, count)  # longrope's factors depend on the number of positions
-                if kind is not None and kind.kind == "longrope"
+                kind: self._tables(kind, count)
+                if kind is not None and kind.depends_on_length
                 else (cos[:count].clone(), sin[:count].clone())
                 for kind, (cos, sin) in self._rotary.items()
             }

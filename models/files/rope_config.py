@@ -8,7 +8,7 @@ from typing import Literal
 
 from models.files.json_values import Json, ModelError, flag, integer, number, short
 
-RopeKind = Literal["default", "linear", "llama3", "yarn", "longrope"]
+RopeKind = Literal["default", "linear", "llama3", "yarn", "longrope", "dynamic"]
 
 _THETA = 10000.0
 """Default of transformers, unless a family has its own."""
@@ -24,7 +24,7 @@ _ORIGINAL = "original_max_position_embeddings"
 class RopeConfig:
     """Rotary embedding: pair i rotates by theta^(-2i / head_dim) radians per position, scaled according to `kind`.
 
-    linear: every pair rotates `factor` times slower. llama3, yarn, longrope: see kernels.rope.
+    linear: every pair rotates `factor` times slower. llama3, yarn, longrope, dynamic: see kernels.rope.
     rotated: share of a head's elements that rotate, the first ones. interleaved: whether element 2i pairs with 2i + 1,
     rather than element i with the one half of the rotated elements later. attention_factor: of cosines and sines; None:
     as `kind` says. short_factors, long_factors: divisors of the frequencies of longrope, up to original_max_positions
@@ -49,6 +49,11 @@ class RopeConfig:
     long_factors: tuple[float, ...] = ()
     query_beta: float = 0.0
 
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether rotations depend on the number of positions that are served."""
+        return self.kind in ("longrope", "dynamic")
+
     def num_rotated(self, head_dim: int) -> int:
         """Return the number of a head's elements that rotate, the first ones."""
         return int(head_dim * self.rotated)
@@ -59,6 +64,8 @@ class RopeConfig:
         if rotated < 2 or rotated % 2:
             share = "" if self.rotated == 1 else f" times partial_rotary_factor ({self.rotated:g})"
             raise ModelError(f"head_dim ({head_dim}){share} makes {rotated} elements: rotary embedding turns pairs")
+        if self.kind == "dynamic" and rotated == 2:
+            raise ModelError("rope_type dynamic changes theta by the number of pairs, and there is only one")
         for name, factors in (("short_factor", self.short_factors), ("long_factor", self.long_factors)):
             if self.kind == "longrope" and len(factors) != rotated // 2:
                 raise ModelError(f"{name} has {len(factors)} factors for {rotated // 2} pairs of elements that rotate")
@@ -74,8 +81,7 @@ def parse_rope(
 
     data: content of config.json. max_positions: its max_position_embeddings. layer_type: that of the layers, as
     layer_types names it, where rope_parameters has a set for each type; None: full_attention. defaults: what the
-    architecture rotates if nothing is said. Type `dynamic` turns more slowly only beyond these positions, which are all
-    that is served, so it is read as `default`. Raises ModelError.
+    architecture rotates if nothing is said. Raises ModelError.
     """
     _refuse_condensed(data, max_positions)
     key, rope = _scaling(data, layer_type)
@@ -93,6 +99,8 @@ def parse_rope(
         plain = replace(plain, query_beta=number(rope, "llama_4_scaling_beta"), original_max_positions=original)
     if kind == "linear":
         return replace(plain, kind="linear", factor=number(rope, "factor"))
+    if kind == "dynamic":
+        return replace(plain, kind="dynamic", factor=number(rope, "factor"), original_max_positions=max_positions)
     if kind == "llama3":
         low, high = number(rope, "low_freq_factor"), number(rope, "high_freq_factor")
         if low >= high:
@@ -175,8 +183,9 @@ def served_positions(data: Json, max_positions: int) -> tuple[int, list[str]]:
     than config.json promises, or are rotated otherwise than by transformers.
 
     data: content of config.json. max_positions: its max_position_embeddings. Linear scaling multiplies the positions:
-    max_position_embeddings is the number before it, as transformers documents and vLLM reads it. YaRN multiplies the
-    original ones, where these are stated.
+    max_position_embeddings is the number before it, as transformers documents and vLLM reads it. So it is of dynamic
+    scaling, which has no limit of its own, and is served up to `factor` times these positions, as by vLLM. YaRN
+    multiplies the original ones, where these are stated.
     """
     _, rope = _scaling(data)
     kind, warnings = _kind(rope), []
@@ -190,9 +199,11 @@ def served_positions(data: Json, max_positions: int) -> tuple[int, list[str]]:
             f"rope_type longrope: texts of up to {original} tokens are rotated by long_factor, like longer ones, and "
             f"by short_factor only where max_model_len is at most {original}; transformers decides by the text"
         )
-    if kind == "dynamic":
+    if kind == "dynamic" and (original := max_positions) < (max_positions := _multiplied(original, rope)):
         warnings.append(
-            f"rope_type dynamic: served up to max_position_embeddings ({max_positions}), where it changes nothing"
+            f"rope_type dynamic: all texts are rotated as one of max_model_len tokens is, so that KV does not depend on "
+            f"what follows it, and as without scaling only where max_model_len is at most {original}; transformers "
+            f"decides by the text"
         )
     if chunks := data.get("dual_chunk_attention_config"):
         if not isinstance(chunks, dict):

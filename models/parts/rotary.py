@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.rope import (
+    dynamic_theta,
     llama3_frequencies,
     longrope_frequencies,
     query_scales,
@@ -54,8 +55,11 @@ def model_frequencies(rope: RopeConfig, rotated: int, served: int) -> Tensor:
     """Return the rotary frequencies, [rotated / 2] float32.
 
     served: number of positions that are served: beyond the original ones, longrope has its long factors from the first
-    token on, whatever a request's length, so that KV does not depend on what follows it.
+    token on, and dynamic the theta of this length, whatever a request's, so that KV does not depend on what follows it.
     """
+    if rope.kind == "dynamic":
+        sizes = {"factor": rope.factor, "original_max_positions": rope.original_max_positions, "length": served}
+        return rotary_frequencies(rotated, dynamic_theta(rope.theta, rotated, **sizes))
     periods, frequencies = rotary_periods(rotated, rope.theta), rotary_frequencies(rotated, rope.theta)
     if rope.kind == "linear":
         return frequencies / rope.factor

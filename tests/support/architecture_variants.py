@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 
+from models.config import read_config
 from tests.support.oracle_models import SIZES, write_checkpoint
 
 WINDOW, ORIGINAL = 20, 32
@@ -49,6 +51,7 @@ def longrope(pairs: int, **others: Any) -> dict[str, Any]:
 FIVE = {**heads(5, 5, 8), "hidden_size": 40}
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 5000.0, "factor": 6.0}
+LONG_INTERN = {"max_position_embeddings": ORIGINAL, "rope_parameters": DYNAMIC}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": ORIGINAL}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": ORIGINAL}
@@ -108,10 +111,8 @@ VARIANTS: dict[str, Variant] = {
     "seed_oss-biases": Variant(
         "seed_oss", {**heads(4, 1, 12), "attention_out_bias": True, "mlp_bias": True, "attention_bias": False}
     ),
-    "internlm3": Variant("internlm3", {**heads(6, 3, 16), "rope_parameters": DYNAMIC}),
-    "internlm3-biases": Variant(
-        "internlm3", {**heads(4, 2, 16), "qkv_bias": True, "bias": True, "rope_parameters": DYNAMIC}
-    ),
+    "internlm3": Variant("internlm3", {**heads(6, 3, 16), **LONG_INTERN}),
+    "internlm3-biases": Variant("internlm3", {**heads(4, 2, 16), **LONG_INTERN, "qkv_bias": True, "bias": True}),
     "gemma3-1b": Variant(
         "gemma3_text",
         {**heads(4, 1, 16), **GEMMA, "num_hidden_layers": 7},
@@ -244,6 +245,12 @@ def transformers_config(variant: Variant) -> Any:
 
 
 def write_variant(variant: Variant, directory: Path) -> Any:
-    """Write a checkpoint. Returns the model that transformers reads from it."""
+    """Write a checkpoint. Returns the model that transformers reads from it. One with dynamic RoPE has read a text of
+    all positions: it rotates by the longest one, until one has fewer than the original positions."""
     without = _KEYS_OF_TODAY if variant.old else ()
-    return write_checkpoint(directory, transformers_config(variant), changes=dict(variant.old), without=without)
+    model = write_checkpoint(directory, transformers_config(variant), changes=dict(variant.old), without=without)
+    config = read_config(directory)
+    if config.rope.kind == "dynamic":
+        with torch.inference_mode():
+            model(torch.ones(1, config.max_model_len, dtype=torch.int64))
+    return model

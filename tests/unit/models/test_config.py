@@ -212,7 +212,8 @@ def test_biases_by_family() -> None:
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.5}}, 1280, None),
         ({"rope_scaling": {"type": "linear", "factor": 4.0, "original_max_position_embeddings": 128}}, 512, None),
         ({"rope_scaling": LLAMA["rope_scaling"]}, 512, None),
-        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, 512, "rope_type dynamic: served up to .*512"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, 2048, "rope_type dynamic: all texts .* at most 512;"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 1.0}}, 512, None),
         ({"dual_chunk_attention_config": {"chunk_size": 400, "local_size": 80}}, 320, "served up to 320 tokens"),
         ({"dual_chunk_attention_config": {"chunk_size": 4000, "local_size": 80}}, 512, None),
         (
@@ -229,7 +230,8 @@ def test_biases_by_family() -> None:
     ],
 )
 def test_longest_request(changes: dict[str, Any], longest: int, warning: str | None) -> None:
-    """Linear scaling multiplies the positions. Where others change the arithmetic beyond a length, it is the limit."""
+    """Linear and dynamic scaling multiply the positions. Where others change the arithmetic beyond a length, it is the
+    limit."""
     config = parse_config(llama(max_position_embeddings=512, **{"rope_scaling": None, **changes}))
     assert config.max_model_len == longest
     assert len(config.warnings) == (warning is not None)

@@ -65,7 +65,10 @@ LONGROPE_CONFIG = RopeConfig(
             RopeConfig(theta=5e5, rotated=0.25),
         ),
         ({"rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]}}, RopeConfig(theta=5e5)),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, RopeConfig(theta=5e5)),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 64}},
+            RopeConfig(theta=5e5, kind="dynamic", factor=2.0, original_max_positions=2048),
+        ),
     ],
 )
 def test_spellings(changes: dict[str, Any], expected: RopeConfig) -> None:
@@ -99,6 +102,8 @@ def test_parameters_by_layer_type() -> None:
         ({**LONGROPE, "short_mscale": 1.2}, "short_mscale 1.2"),
         ({**LONGROPE, "original_max_position_embeddings": 1}, "original_max_position_embeddings 1"),
         (LONGROPE, "short_factor has 2 factors for 64 pairs"),
+        ({"rope_type": "dynamic"}, "factor"),
+        ({"rope_type": "dynamic", "factor": 2.0, "partial_rotary_factor": 2 / 128}, "there is only one"),
         ({**LONGROPE, "short_factor": [1.0] * 64}, "long_factor has 2 factors for 64 pairs"),
         ({"rope_type": "proportional"}, "rope_type 'proportional' is not supported; these are: default, linear"),
         ({"full_attention": {}, "rope_theta": 3.0}, "rope_scaling .* is not supported; expected parameters of all"),

@@ -45,6 +45,34 @@ def test_longrope_within_the_original_positions(name: str, tmp_path: Path) -> No
     assert re.search("longrope: texts of up to 32 tokens .* at most 32; transformers decides by the text", warning)
 
 
+def test_dynamic_rope_goes_by_the_positions_that_are_served(tmp_path: Path) -> None:
+    """All texts are rotated as transformers rotates one of that length, and as without scaling within the original
+    positions if there are no more."""
+    theirs = write_variant(VARIANTS["internlm3"], tmp_path)
+    served = load_served(tmp_path)
+    tokens = draw_text(served.config.max_model_len)
+    assert len(tokens) == 6 * 32
+    with torch.inference_mode():
+        long, between, short = (theirs(torch.tensor([tokens[:length]])).logits[0] for length in (None, 90, 31))
+
+    def check(length: int, expected: Tensor, *, equal: bool = True) -> None:
+        found = OracleRow(served, length).forward(tokens[:length])
+        if equal:
+            return torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        assert (found - expected).abs().max() > 0.01
+        return None
+
+    check(len(tokens), long)
+    check(90, between)
+    check(31, short, equal=False)
+    served.limit_positions(90)
+    check(90, between, equal=False)
+    with torch.inference_mode():
+        check(90, theirs(torch.tensor([tokens[:90]])).logits[0])  # the short text before it made transformers forget
+    served.limit_positions(32)
+    check(31, short)
+
+
 def test_relative_positions_need_rotations_without_a_factor() -> None:
     """`DecoderModel.rotary` turns queries that were rotated before."""
     sizes = SIZES | {"num_attention_heads": 3, "num_key_value_heads": 1}
