@@ -179,7 +179,9 @@ class Ops(Protocol):
         Takes tokens, computed and row_spans as `accept` does, and its result. Modifies tokens and computed.
         """
 
-    def snapkv_scores(self, q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int) -> Tensor:
+    def snapkv_scores(
+        self, q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int, sinks: Tensor | None = None
+    ) -> Tensor:
         """Score keys; see kernels.key_scores.snapkv_scores."""
 
     def best(self, votes: Tensor, count: int) -> Tensor:

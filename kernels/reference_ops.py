@@ -115,8 +115,10 @@ class TorchFallbackOps:
     def experts(self, networks: Sequence[tuple[Linear, Linear]], *, per_token: int, normalised: bool) -> Experts:
         return LoopedExperts(networks, per_token, normalised)
 
-    def snapkv_scores(self, q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int) -> Tensor:
-        return snapkv_scores(q, k, scale, candidates=candidates, kernel=kernel)
+    def snapkv_scores(
+        self, q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int, sinks: Tensor | None = None
+    ) -> Tensor:
+        return snapkv_scores(q, k, scale, candidates=candidates, kernel=kernel, sinks=sinks)
 
     def best(self, votes: Tensor, count: int) -> Tensor:
         return votes.sort(dim=1, descending=True, stable=True).indices[:, :count]

@@ -109,7 +109,7 @@ class ComparingAttention:
         if self._think is not None:
             pages, length = self._batch.pages[0], self._batch.kv_lengths[0]
             k[pages] = without_weak_channels(layer.k[pages], k[pages], q, length, self._think)
-        other, _ = self._inner.run(LayerKV(k, v, layer.index), q, scale)
+        other, _ = self._inner.run(replace(layer, k=k, v=v), q, scale)
         compared = slice(None) if self._think is None else slice(-_RECENT, None)
         difference, exact = (other - out)[compared].float(), out[compared].float()
         squares = float(difference.square().sum()), float(exact.square().sum())

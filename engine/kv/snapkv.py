@@ -36,7 +36,7 @@ class SnapKVPolicy(KVPolicy):
         self._config = config
         self._reselect = config.reselect or 0
         self._state, self._full_table = state, site.page_table
-        self._ops, self._scale = model.ops, model.head_dim**-0.5
+        self._ops = model.ops
         self._chosen, self._recent, self._per_row = kept.first, config.recent // page, kept.pages  # in pages
         table = ring_table(max_rows, state.page_table.shape[1], kept.first, kept.ring).to(state.device)
         self._view = WindowView(
@@ -146,9 +146,9 @@ class SnapKVPolicy(KVPolicy):
             # [kv_heads, slots, head_dim]
             both = self.full.layer(index).read(pages[None, None])
             keys, values = (part[0].flatten(1, 2).to(queries.dtype) for part in both)
-            scores = self._ops.snapkv_scores(
-                queries[index], keys[:, :length], self._scale, candidates=candidates, kernel=self._config.kernel
-            )
+            scale, sinks = self.observer.terms[index]
+            sizes = {"candidates": candidates, "kernel": self._config.kernel}
+            scores = self._ops.snapkv_scores(queries[index], keys[:, :length], scale, sinks=sinks, **sizes)
             best = scores.topk(count).indices.sort(-1).values
             place = best[..., None].expand(-1, -1, keys.shape[-1])
             picked = (part.gather(1, place) for part in (keys, values))

@@ -109,8 +109,8 @@ class AttentionBatch(_Lists):
 
 
 class PlannedAttention(Protocol):
-    """Exact softmax(q k^T * scale) v over the listed pages of a batch that is planned. One plan serves all layers of a
-    forward."""
+    """Exact softmax(q k^T * scale) v over the listed pages of a batch that is planned, and over the layer's sinks. One
+    plan serves all layers of a forward."""
 
     def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Attend with the planned batch.
@@ -118,7 +118,7 @@ class PlannedAttention(Protocol):
         q: [tokens, heads, head_dim], the queries of all rows concatenated. Head h reads KV head
         h // (heads / kv_heads). Returns o [tokens, heads, head_dim] in q's dtype, and the natural log-sum-exp of the
         scaled scores, [tokens, heads] in float32 (float64 for float64 queries), by which `merge_segments` combines
-        segments.
+        segments. Both include the layer's sinks: of segments that are merged, one has them.
         """
         ...
 

@@ -42,4 +42,5 @@ class CpuAttention:
             batch.ballot,
             layer.sealed,
             batch.window,
+            layer.sinks,
         )

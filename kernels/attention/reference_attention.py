@@ -94,10 +94,13 @@ class ReferenceAttention:
         grouped = (grouped * scale).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [pieces, kv_heads, group * n, head_dim]
         scores = torch.matmul(grouped, k.transpose(2, 3)).view(pieces, kv_heads, -1, n, group.length)
         scores[..., group.unmasked :].masked_fill_(group.hidden, float("-inf"))
-        sums[group.queries] = torch.logsumexp(scores, -1).permute(0, 3, 1, 2).flatten(2, 3)
+        total = torch.logsumexp(scores, -1)  # [pieces, kv_heads, group, n]
+        if layer.sinks is not None:
+            total = torch.logaddexp(total, layer.sinks.to(compute).view(kv_heads, -1, 1))
+        sums[group.queries] = total.permute(0, 3, 1, 2).flatten(2, 3)
         # A weight of zero does not cancel a NaN, and slots that no query of a piece sees may hold anything.
         v[:, :, group.unmasked :].masked_fill_(group.hidden[:, 0].all(2)[..., None], 0.0)
-        weights = torch.softmax(scores, -1).flatten(2, 3)
+        weights = torch.exp(scores - total[..., None]).flatten(2, 3)
         mixed = torch.matmul(weights, v).view(pieces, kv_heads, -1, n, head_dim)
         out[group.queries] = mixed.permute(0, 3, 1, 2, 4).flatten(2, 3).to(out.dtype)
 
@@ -171,3 +174,12 @@ def merge_segments(outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, T
     merged = sum(w[..., None] * o.to(w.dtype) for w, o in zip(weights, outputs, strict=True))
     assert isinstance(merged, Tensor)
     return merged.to(outputs[0].dtype), total
+
+
+def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Add a layer's sinks to attention without them: a segment of one slot per head, whose value is zero.
+
+    out: [tokens, heads, head_dim]. lse: [tokens, heads]. sinks: [heads]. Returns the same, with them.
+    """
+    total = torch.logaddexp(lse, sinks.to(lse.dtype))
+    return (out.to(lse.dtype) * torch.exp(lse - total)[..., None]).to(out.dtype), total

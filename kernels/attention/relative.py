@@ -10,7 +10,7 @@ merged by log-sum-exp, and no cache of un-rotated keys is needed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -94,7 +94,7 @@ class RelativeAttention:
         sink = self._sink
         out, total = self._near.run(layer, q, scale)
         turned = apply_rope(q[sink.tokens], sink.cos, sink.sin)
-        of_sink, of_sink_total = self._far.run(layer, turned, scale)
+        of_sink, of_sink_total = self._far.run(replace(layer, sinks=None), turned, scale)  # they are in `out`
         out[sink.tokens], total[sink.tokens] = self._merge(
             [out[sink.tokens], of_sink], [total[sink.tokens], of_sink_total]
         )

@@ -111,3 +111,10 @@ def merge_prefixes(out: Tensor, lse: Tensor, places: Tensor, of_prefixes: Tensor
     merged, total = merge_segments([out, of_prefixes[place]], [lse, of_prefixes_lse[place]])
     out.copy_(torch.where(has[:, None, None], merged, out))
     lse.copy_(torch.where(has[:, None], total, lse))
+
+
+def merge_sinks(merge: MergePrefixes, out: Tensor, lse: Tensor, sinks: Tensor) -> None:
+    """Merge a layer's sinks into attention without them, in place: a segment of one slot per head, whose value is zero,
+    which all queries share. out, lse: see merge_prefixes. sinks: [heads] float32."""
+    places = torch.zeros(len(out), dtype=torch.int64, device=out.device)
+    merge(out, lse, places, out.new_zeros(1, *out.shape[1:]), sinks[None])

@@ -54,10 +54,17 @@ class TopKAttention:
             # A weight of zero does not cancel a NaN, and slots that no query sees may hold anything.
             v = v.masked_fill(hidden.all(0)[:, None], 0.0)
         scores.masked_fill_(hidden, float("-inf"))
-        mass = torch.softmax(scores, -1).sum(1)  # [kv_heads, n, length]
+        sinks = None if layer.sinks is None else layer.sinks.to(compute).view(kv_heads, -1, 1)
+        mass = torch.exp(scores - _log_sum(scores, sinks)[..., None]).sum(1)  # [kv_heads, n, length]
         best = mass.topk(min(self._budget, length)).indices
         dropped = torch.ones_like(mass, dtype=torch.bool).scatter_(-1, best, False)
         scores.masked_fill_(dropped[:, None], float("-inf"))
-        out = torch.einsum("hgnl,hld->nhgd", torch.softmax(scores, -1), v)
-        total = scores.logsumexp(-1).permute(2, 0, 1)
-        return out.reshape(n, heads, head_dim).to(q.dtype), total.reshape(n, heads)
+        total = _log_sum(scores, sinks)
+        out = torch.einsum("hgnl,hld->nhgd", torch.exp(scores - total[..., None]), v)
+        return out.reshape(n, heads, head_dim).to(q.dtype), total.permute(2, 0, 1).reshape(n, heads)
+
+
+def _log_sum(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Return the log-sum-exp of scores [kv_heads, group, n, length], and of sinks [kv_heads, group, 1] besides."""
+    total = scores.logsumexp(-1)
+    return total if sinks is None else torch.logaddexp(total, sinks)

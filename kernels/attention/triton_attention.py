@@ -12,8 +12,8 @@ from torch import Tensor
 from kernels.attention.base import AttentionBatch, GraphBatch, SharedPrefix
 from kernels.attention.shared_reading import pays
 from kernels.flashinfer.flashinfer_sizes import Heads
-from kernels.gpu.attention import SPAN, Tiles, assign_tiles, attend
-from kernels.gpu.shared_tiles import SharedTiles, tile_size
+from kernels.gpu.attention import SPAN, attend
+from kernels.gpu.query_tiles import SharedTiles, Tiles, assign_tiles, tile_size
 from kernels.kv.kv_pool import LayerKV
 from kernels.transfer import send
 

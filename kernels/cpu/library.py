@@ -94,20 +94,24 @@ class CpuKernels:
         ballot: Ballot | None = None,
         sealed: SealedKV | None = None,
         window: int = 0,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Compute attention; see kernels.attention.base.
 
         q: [tokens, heads, head_dim], head_dim a multiple of 16. k, v: [pages, kv_heads, page_size, head_dim]. queries,
         lengths: [rows] int64. pages: [rows, width] or [rows, kv_heads, width] int64. sealed: pages that come before
-        those of k and v. window: see AttentionBatch; pages that no query sees may have any ids. Returns o, in q's
-        dtype, and the log-sum-exp [tokens, heads] float32, and writes the votes of `ballot`.
+        those of k and v. window: see AttentionBatch; pages that no query sees may have any ids. sinks: [heads] float32,
+        see LayerKV. Returns o, in q's dtype, and the log-sum-exp [tokens, heads] float32, and writes the votes of
+        `ballot`.
         """
         counted = (None, 1, None) if ballot is None else (ballot.voters, ballot.unit, ballot.votes)
         records: tuple[Tensor | None, Tensor | None, int] = (None, None, 0)
         if sealed is not None:
             records = sealed.k, sealed.v, _SEALED_KINDS[sealed.kind]
         o, sums = self._attention(
-            self._attention_table, q, k, v, queries, lengths, pages, scale, *self._prefetch, window, *counted, *records
+            *(self._attention_table, q, k, v, queries, lengths, pages, scale, *self._prefetch, window, sinks),
+            *counted,
+            *records,
         )
         return o, sums
 

@@ -21,6 +21,7 @@ from kernels.attention.shared_reading import (
     PrefixSegment,
     first_segment,
     merge_prefixes,
+    merge_sinks,
     pays,
     second_segment,
 )
@@ -153,6 +154,8 @@ class FlashInferAttention:
         out, lse = out.view(tokens, heads, head_dim), to_natural_log(lse.view(tokens, heads))
         if self._prefixes is not None:
             self._add_prefixes(self._prefixes, pool, all_q, out, lse)
+        if layer.sinks is not None:
+            merge_sinks(self._merge, out, lse, layer.sinks)
         if self._votes is not None:
             self._votes.count(layer, all_q, scale, lse)
         return out, lse

@@ -14,6 +14,7 @@ from kernels.attention.shared_reading import (
     PrefixSegment,
     first_segment,
     merge_prefixes,
+    merge_sinks,
     second_segment,
 )
 from kernels.flashinfer.flashinfer_sizes import Heads, captured_plan, captured_ragged_plan, eager_float_bytes
@@ -188,6 +189,8 @@ class FlashInferGraphAttention:
         out, lse = out.reshape(tokens, heads, head_dim), to_natural_log(lse.reshape(tokens, heads))
         if self._prefixes is not None:
             self._merge(out, lse, self._prefixes.places, *self._prefixes.run(pool, all_q))
+        if layer.sinks is not None:
+            merge_sinks(self._merge, out, lse, layer.sinks)
         if self._votes is not None:
             self._votes.count(layer, all_q, scale, lse)
         return out, lse

@@ -1,14 +1,13 @@
 """Paged attention: ragged queries over page lists. Long lists are split over programs and merged by log-sum-exp.
 
 A tile holds some queries of one row, for all query heads of one KV head, so that one read of a page serves them all,
-and their votes (votes.py). Pages that rows share are a row of their own, with the queries of all of these rows
-(shared_tiles.py).
+and their votes (votes.py). Pages that rows share are a row of their own, with the queries of all of these rows. How
+queries become tiles: query_tiles.py.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -19,10 +18,10 @@ from kernels.attention.base import Ballot
 from kernels.gpu import INTERPRETED
 from kernels.gpu.checks import check_ballot, check_dtype, check_pool
 from kernels.gpu.merge import merge_spans
+from kernels.gpu.query_tiles import Tiles
 from kernels.gpu.tile import kv_tensors, load_tile, masked_scores, product, tile_shape
 from kernels.gpu.votes import VotingRows, count_votes, finish_votes
 from kernels.kv.kv_pool import LayerKV
-from kernels.transfer import send
 
 SPAN = 256
 """Smallest number of KV slots for a program of its own."""
@@ -39,80 +38,6 @@ _STAGES = 5
 """Triton's stages of the loop over slots: page ids, keys and values, and products lie two iterations apart each, so
 that loads of the next two iterations' keys and values are under way. With up to 4 stages they lie one apart, keys and
 values have a single buffer, and their loads begin only after the products that still read it."""
-
-
-@dataclass(frozen=True, slots=True)
-class PrefixTiles:
-    """Tiles of prefixes, which come before those of the batch's own rows, as prefixes come after these.
-
-    tiles: their number. slots: largest number of slots of a prefix, and of what another row reads. skipped: [rows and
-    prefixes] int64, first slots of the list that are not read. listed: [rows and prefixes] int64, row of `pages` whose
-    list is read. tokens: [queries] int64, index in the batch of each query that `start` counts from. shares: [tokens of
-    the batch] int64, 1 for those that attend to a prefix.
-    """
-
-    tiles: int
-    slots: tuple[int, int]
-    skipped: Tensor
-    listed: Tensor
-    tokens: Tensor
-    shares: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Tiles:
-    """Assignment of queries to programs; the same for all layers of a forward.
-
-    row: [tiles] int64, the tile's row, or `rows` for an unused tile: shapes alone bound the number of tiles. first:
-    [tiles] int64, the tile's first query in its row. start: [rows] int64, a row's first query in the batch. queries,
-    lengths: [rows] int64. pages: [rows, width] or [rows, kv_heads, width] int64, with [layers] in front of these where
-    per_layer is true. block: queries per tile. prefixes: what else there is to know where pages are shared: some of the
-    rows are then prefixes. window: see AttentionBatch.
-    """
-
-    row: Tensor
-    first: Tensor
-    start: Tensor
-    queries: Tensor
-    lengths: Tensor
-    pages: Tensor
-    block: int
-    prefixes: PrefixTiles | None = None
-    per_layer: bool = False
-    window: int = 0
-
-    def to(self, device: torch.device) -> Tiles:
-        parts = self.row, self.first, self.start, self.queries, self.lengths
-        row, first, start, queries, lengths = (send(part, device) for part in parts)
-        return replace(self, row=row, first=first, start=start, queries=queries, lengths=lengths)
-
-
-def queries_per_tile(tokens: int, rows: int) -> int:
-    """Choose the queries of a tile: for rows of one query, rows with drafts, chunks of a prompt. A tile that holds all
-    queries of a row reads its KV once."""
-    return 1 if tokens == rows else 4 if tokens <= 4 * rows else 8 if tokens <= 8 * rows else 16
-
-
-def assign_tiles(
-    queries: Tensor, lengths: Tensor, pages: Tensor, tokens: int, *, uniform: bool = False, per_layer: bool = False
-) -> Tiles:
-    """Assign queries to tiles without waiting for the device.
-
-    tokens: sum of `queries`, or an upper bound of it. It decides all shapes, together with the number of rows. uniform:
-    all rows have tokens / rows queries, so that no tile is unused, and lists are split over all programs. A row may be
-    shorter than its queries are many: the first ones see nothing, and get zero with a log-sum-exp of -inf. per_layer:
-    whether `pages` has lists of each layer.
-    """
-    rows = len(queries)
-    block = queries_per_tile(tokens, rows)
-    needed = (queries + block - 1) // block
-    behind = needed.cumsum(0)
-    most = rows * triton.cdiv(tokens // rows, block) if uniform else tokens // block + rows if block > 1 else rows
-    tile = torch.arange(most, device=queries.device)
-    row = torch.searchsorted(behind, tile, right=True)
-    inside = row.clamp(max=rows - 1)
-    first = (tile - (behind - needed)[inside]) * block
-    return Tiles(row, first, queries.cumsum(0) - queries, queries, lengths, pages, block, per_layer=per_layer)
 
 
 _UNTYPED = [
@@ -143,6 +68,7 @@ def _attend_kernel(
     query_tokens: tl.tensor,
     voters: tl.tensor,
     vote_sums: tl.tensor,
+    sinks: tl.tensor,
     scale: tl.tensor,
     token_stride: tl.tensor,
     head_stride: tl.tensor,
@@ -157,6 +83,7 @@ def _attend_kernel(
     prefix_spans: tl.tensor,
     grains: tl.tensor,
     PREFIXES: tl.constexpr,
+    SINKS: tl.constexpr,
     GRAIN: tl.constexpr,
     WINDOW: tl.constexpr,
     KV: tl.constexpr,
@@ -179,6 +106,8 @@ def _attend_kernel(
     PREFIXES: the first tiles are those of prefixes, of which all queries see all; their lists are cut into
     `prefix_spans`, and their results lie after those of the others. All programs are in one dimension then, span by
     span.
+
+    SINKS: each query's first span has its head's sink, not counted among the voters' sums.
 
     GRAIN: slots of which the voters' sums are kept, see votes.py; 0: none vote. Not with PREFIXES. Only tiles that hold
     voters do more for it.
@@ -218,6 +147,12 @@ def _attend_kernel(
         top = tl.full([M], float("-inf"), tl.float32)
         mass = tl.zeros([M], tl.float32)
         mixed = tl.zeros([M, D], tl.float32)
+        if SINKS:  # as if a slot with a value of zero had been read
+            begins = part == 0
+            if PREFIXES:
+                begins = begins & (is_prefix == 0)
+            top = tl.where(begins, tl.load(sinks + of), top)
+            mass = tl.where(begins, 1.0, mass)
         first = 0
         if WINDOW:
             first = tl.maximum(tl.min(tl.where(live, visible, length), 0) - WINDOW, 0)
@@ -346,6 +281,7 @@ def attend(
         *((prefixes.skipped, prefixes.listed, prefixes.tokens) if prefixes else (unused, unused, unused)),
         ballot.voters if ballot else unused,
         unused if sums is None else sums,
+        unused if kv.sinks is None else kv.sinks,
         scale,
         q.stride(0),
         q.stride(1),
@@ -359,6 +295,7 @@ def attend(
         prefix_spans,
         0 if sums is None else sums.shape[3],
         PREFIXES=prefixes is not None,
+        SINKS=kv.sinks is not None,
         GRAIN=0 if sums is None else grain,
         WINDOW=tiles.window,
         KV=kind,

@@ -168,8 +168,10 @@ class GpuOps:
     accept = staticmethod(verdict.accept)
     commit = staticmethod(verdict.commit)
 
-    def snapkv_scores(self, q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int) -> Tensor:
-        return snapkv_scores(q, k, scale, candidates=candidates, kernel=kernel)
+    def snapkv_scores(
+        self, q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int, sinks: Tensor | None = None
+    ) -> Tensor:
+        return snapkv_scores(q, k, scale, candidates=candidates, kernel=kernel, sinks=sinks)
 
     def best(self, votes: Tensor, count: int) -> Tensor:
         return votes.topk(count).indices

@@ -115,7 +115,16 @@ def _scores_kernel(
     tl.store(summed + head.to(tl.int64) * candidates + n, sums, mask=n < candidates)
 
 
-def snapkv_scores(q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int, span: int = _SPAN) -> Tensor:
+def snapkv_scores(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    *,
+    candidates: int,
+    kernel: int,
+    sinks: Tensor | None = None,
+    span: int = _SPAN,
+) -> Tensor:
     """See kernels.key_scores.snapkv_scores. Raises ValueError for float64.
 
     q: [queries, heads, head_dim]. k: [kv_heads, length, head_dim]. The elements of a head are contiguous in both. span:
@@ -146,6 +155,9 @@ def snapkv_scores(q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel
         q, k, parts, scale, *strides, queries, length, SPAN=span, **sizes
     )
     masses = parts.logsumexp(1) if spans > 1 else parts[:, 0]
+    if sinks is not None:
+        by_query = sinks.view(kv_heads, 1, group).expand(-1, queries, -1)
+        masses = torch.logaddexp(masses, by_query.reshape(kv_heads, total))
     summed = torch.empty(kv_heads, candidates, dtype=torch.float32, device=q.device)
     if candidates:
         _scores_kernel[triton.cdiv(candidates, shape.n), kv_heads](

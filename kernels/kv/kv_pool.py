@@ -48,7 +48,8 @@ class SealedKV:
 class LayerKV:
     """One layer's pages. k, v: [pages, kv_heads, page_size, head_dim], of exact numbers. index: position of the layer
     in its pool. sealed: pages that come before them: page `i` of a list is sealed.k[i], or, from len(sealed.k) on,
-    k[i - len(sealed.k)]. None: there are none.
+    k[i - len(sealed.k)]. None: there are none. sinks: [heads], float32 or float64 where queries are; each query has one
+    more term in its softmax, with this score and a value of zero. None: there are none.
 
     Heads come before slots so that the pool can also be viewed as [pages * kv_heads, 1, page_size, head_dim]: a page
     list per KV head is then an ordinary page list, and one head's page is contiguous memory.
@@ -58,6 +59,7 @@ class LayerKV:
     v: Tensor
     index: int = 0
     sealed: SealedKV | None = None
+    sinks: Tensor | None = None
 
     @property
     def num_sealed(self) -> int:
@@ -77,7 +79,8 @@ class LayerKV:
         return 1 if self.sealed is not None else self.k.itemsize
 
     def one_head(self) -> LayerKV:
-        """View the layer as one with a single KV head: page `i` of head `h` becomes page i * kv_heads + h."""
+        """View the layer as one with a single KV head: page `i` of head `h` becomes page i * kv_heads + h. It has no
+        sinks, which differ from head to head."""
         k, v = (part.view(-1, 1, *part.shape[2:]) for part in (self.k, self.v))
         sealed = self.sealed
         if sealed is not None:

@@ -201,9 +201,8 @@ def served_positions(data: Json, max_positions: int) -> tuple[int, list[str]]:
         )
     if kind == "dynamic" and (original := max_positions) < (max_positions := _multiplied(original, rope)):
         warnings.append(
-            f"rope_type dynamic: all texts are rotated as one of max_model_len tokens is, so that KV does not depend on "
-            f"what follows it, and as without scaling only where max_model_len is at most {original}; transformers "
-            f"decides by the text"
+            f"rope_type dynamic: all texts are rotated as one of max_model_len tokens is, and as without scaling only "
+            f"where max_model_len is at most {original}; transformers decides by the text"
         )
     if chunks := data.get("dual_chunk_attention_config"):
         if not isinstance(chunks, dict):

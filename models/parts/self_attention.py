@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -95,6 +95,9 @@ class Attention(Module):
 
     def prepare(self) -> None:
         super().prepare()
+        if self._sinks is not None:
+            # As attention reads them.
+            self._sinks = self._sinks.to(torch.promote_types(self._sinks.dtype, torch.float32))
         if self._order is not None and self._norms:
             for norm in self._norms:
                 norm.weight = norm.weight[self._order]
@@ -114,18 +117,7 @@ class Attention(Module):
         q = self._ops.rotate_and_cache(qkv, inputs.rotary, inputs.positions, inputs.slots, kv, norms)
         if inputs.query_scales is not None:
             q = q * inputs.query_scales[:, None, None].to(q.dtype)
-        o, lse = inputs.attention.run(kv, q, self._scale)
         if self._sinks is not None:
-            o = with_sinks(o, lse, self._sinks)
+            kv = replace(kv, sinks=self._sinks)
+        o, _ = inputs.attention.run(kv, q, self._scale)
         return self._out(o.flatten(1))
-
-
-def with_sinks(o: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
-    """Merge attention with a segment of one slot per head, whose score is the head's sink and whose value is zero: of
-    the softmax over both, exp(lse) / (exp(lse) + exp(sink)) is attention's. In float64, so that one rounding of a
-    result, whatever the batch, is left.
-
-    o: [tokens, heads, head_dim]. lse: [tokens, heads]. sinks: [heads].
-    """
-    share = 1 / (1 + torch.exp(sinks.double() - lse.double()))
-    return o * share[..., None].to(torch.promote_types(o.dtype, torch.float32)).to(o.dtype)

@@ -14,6 +14,7 @@ from kernels.flashinfer.flashinfer_graph import FlashInferGraphAttention
 from kernels.flashinfer.flashinfer_workspace import make_workspace
 from kernels.kv.kv_pool import LayerKV
 from tests.support.ballots import VoteCase, check_captured, check_votes, draw_batch
+from tests.support.kv_layers import draw_sinks
 from tests.support.profiles import only_in_all
 
 if not torch.cuda.is_available():
@@ -51,6 +52,8 @@ def captured(queries: int, lists: tuple[int, ...]) -> GraphBatch:
 def test_equals_the_oracle(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, per_head: bool) -> None:
     torch.manual_seed(0)
     layer = layer_of(kv_heads, head_dim, dtype)
+    if kv_heads == 8:
+        layer = draw_sinks(layer, heads)
     oracle, backend = ReferenceAttention(16), FlashInferAttention(16, make_workspace(CUDA))
     for queries, lengths in ROWS:
         batch = AttentionBatch(queries, lengths, pages_of(len(queries), kv_heads, per_head))
@@ -121,7 +124,8 @@ def test_votes_and_lists_of_layers(per_layer: bool, per_head: bool) -> None:
     """Eager and captured; what is captured reads another list in each layer."""
     rows = ((4, 2996, (0, 3)), (1, 16, (-1, -1)), (3, 900, (1, -1)))
     for unit in (16, 1):
-        batch = draw_batch(VoteCase(rows, 16, 8, 4, 128, per_head, per_layer, unit, False, 0), torch.bfloat16, "cuda")
+        case = VoteCase(rows, 16, 8, 4, 128, per_head, per_layer, unit, shared=False, sinks=per_head, seed=0)
+        batch = draw_batch(case, torch.bfloat16, "cuda")
         workspace = make_workspace(CUDA)
         check_votes(FlashInferAttention(16, workspace), batch, 1e-2)
         check_captured(

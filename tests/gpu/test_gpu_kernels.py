@@ -17,6 +17,7 @@ from kernels.reference_ops import REFERENCE, QuantizedLinear
 from kernels.weights.matrix import QuantizedMatrix
 from kernels.weights.weight_format import FORMATS
 from tests.support.ballots import VoteCase, check_votes, draw_batch
+from tests.support.kv_layers import draw_sinks
 from tests.support.profiles import only_in_all
 
 if not torch.cuda.is_available():
@@ -24,11 +25,12 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'magicdec[cuda]'")
 
 from kernels.attention.triton_attention import GpuAttention
-from kernels.gpu.attention import assign_tiles, attend
+from kernels.gpu.attention import attend
 from kernels.gpu.cuda_graphs import CudaGraphs
 from kernels.gpu.products.few_bit_layout import lay_out
 from kernels.gpu.products.few_bit_products import few_bit_product
 from kernels.gpu.products.fp8_products import Fp8Linear, multiplies_fp8, round_inputs
+from kernels.gpu.query_tiles import assign_tiles
 from kernels.gpu.sample import sample
 
 CUDA = torch.device("cuda")
@@ -64,7 +66,7 @@ def layer_of(kv_heads: int, head_dim: int, dtype: torch.dtype) -> LayerKV:
 )
 def test_attention(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, per_head: bool) -> None:
     torch.manual_seed(0)
-    layer = layer_of(kv_heads, head_dim, dtype)
+    layer = draw_sinks(layer_of(kv_heads, head_dim, dtype), heads)
     oracle, backend = ReferenceAttention(16), GpuAttention()
     for queries, lengths in ROWS:
         pages = torch.randint(300, (len(queries), kv_heads, 256) if per_head else (len(queries), 256), device=CUDA)
@@ -98,7 +100,8 @@ def test_votes(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, by_
         ((5, 2995, (0, 4)), (1, 39, (-1, -1)), (3, 797, (2, 1)), (5, 0, (0, 1))),
         ((700, 300, (0, 699)), (1, 1999, (0, -1)), (5, 295, (-1, -1))),
     ):
-        case = VoteCase(rows, 16, kv_heads, heads // kv_heads, head_dim, False, True, 16 if by_page else 1, False, 0)
+        sizes, unit = (16, kv_heads, heads // kv_heads, head_dim), 16 if by_page else 1
+        case = VoteCase(rows, *sizes, per_head=False, per_layer=True, unit=unit, shared=False, sinks=by_page, seed=0)
         check_votes(GpuAttention(), draw_batch(case, dtype, "cuda"), 2e-3)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from kernels.attention.base import AttentionBackend, AttentionBatch, Ballot, GraphAttention, GraphBatch
 from kernels.attention.reference_attention import ReferenceAttention
 from kernels.kv.kv_pool import KVPool, LayerKV
+from tests.support.kv_layers import draw_sinks
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class VoteCase:
     """Sizes of a batch. rows: queries, slots before them, and the voters of each. per_head: lists per KV head. unit:
-    slots that share a vote. shared: whether all rows list the same pages."""
+    slots that share a vote. shared: whether all rows list the same pages. sinks: whether layers have
+    some."""
 
     rows: tuple[tuple[int, int, tuple[int, int]], ...]
     page_size: int
@@ -31,6 +33,7 @@ class VoteCase:
     per_layer: bool
     unit: int
     shared: bool
+    sinks: bool
     seed: int
 
     @property
@@ -71,6 +74,7 @@ def vote_cases(
             draw(st.booleans()),
             draw(st.booleans()),
             draw(st.sampled_from([unit for unit in range(1, page_size + 1) if page_size % unit == 0])),
+            draw(st.booleans()),
             draw(st.booleans()),
             draw(st.integers(0, 1000)),
         )
@@ -117,8 +121,13 @@ class VoteBatch:
             keys = layer.k[mine[head], head].flatten(0, 1)[:length].double().cpu()
             for behind in (each for each in case.rows[row][2] if each >= 0):
                 sees = length - behind
-                for query in self.q[first + n - 1 - behind].double().cpu().view(case.kv_heads, case.group, -1)[head]:
-                    votes[head, :sees] += torch.softmax(keys[:sees] @ query * self.scale, 0)
+                queries = self.q[first + n - 1 - behind].double().cpu().view(case.kv_heads, case.group, -1)
+                for number, query in enumerate(queries[head]):
+                    scores = keys[:sees] @ query * self.scale
+                    if layer.sinks is not None:
+                        sink = layer.sinks.double().cpu()[head * case.group + number]
+                        scores = torch.cat([scores, sink[None]])
+                    votes[head, :sees] += torch.softmax(scores, 0)[:sees]
         return votes.view(case.kv_heads, -1, case.unit).sum(2)
 
 
@@ -143,7 +152,10 @@ def draw_batch(case: VoteCase, dtype: torch.dtype, device: str = "cpu") -> VoteB
         pages = pages.narrow(dim, 0, 1).expand(shape).clone()
     pages = pages.to(device)
     q = torch.randn(sum(case.queries), case.kv_heads * case.group, case.head_dim).to(device, dtype)
-    return VoteBatch(case, (pool.layer(0), pool.layer(1)), pages, q, case.head_dim**-0.5)
+    one, other = (
+        draw_sinks(each, case.kv_heads * case.group) if case.sinks else each for each in (pool.layer(0), pool.layer(1))
+    )
+    return VoteBatch(case, (one, other), pages, q, case.head_dim**-0.5)
 
 
 def check_votes(backend: AttentionBackend, batch: VoteBatch, tolerance: float) -> None:

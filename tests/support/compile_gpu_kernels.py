@@ -29,7 +29,7 @@ from kernels.ops import Gate
 from kernels.weights.matrix import QuantizedMatrix, regular_groups
 from tests.support.gates import GATES
 from tests.support.gpu_compiler import Compiler
-from tests.support.kv_layers import KINDS, layer_of
+from tests.support.kv_layers import KINDS, draw_sinks, layer_of
 
 HEADS = (
     (32, 8, 128),
@@ -59,6 +59,7 @@ def attention(
     unit: int = 0,
     kind: str = "dense",
     window: int = 0,
+    sinks: bool = False,
 ) -> None:
     """width: pages per list; long lists are split most. shared: first pages that the rows share. unit: slots that share
     a vote; 0: there are none. kind: see LayerKV.kind. window: see AttentionBatch."""
@@ -66,10 +67,13 @@ def attention(
     compiler.case = f"{q_heads}/{kv_heads}/{head_dim} {str(dtype)[6:]}, {queries} queries, {width} pages"
     compiler.case += "" if kind == "dense" else f", {kind} KV"
     compiler.case += f", a window of {window}" if window else ""
+    compiler.case += ", sinks" if sinks else ""
     compiler.case += f", {shared} shared" if shared else f", a vote per {unit}" if unit else ""
     page = SEALED_GROUP if kind in ("int8", "int4x2", "upper") else 16
     k, v = torch.zeros(2, 9, kv_heads, page, head_dim, dtype=dtype)
     layer = layer_of(kind, k, v, num_sealed=3)
+    if sinks:
+        layer = draw_sinks(layer, q_heads)
     backend = GpuAttention()
     prefixes = [SharedPrefix((0, 1), shared)] if shared else []
     lengths = [900 + page * shared] * 2
@@ -223,13 +227,13 @@ def few(compiler: Compiler) -> None:
     """Every kernel, with each method of multiplication and kind of KV or weights once, most of them at their
     largest."""
     attention(compiler, (32, 8, 128), torch.bfloat16, 1, 64)
-    attention(compiler, (32, 8, 128), torch.bfloat16, 1, 64, SHARED)
+    attention(compiler, (32, 8, 128), torch.bfloat16, 1, 64, SHARED, sinks=True)
     attention(compiler, (8, 1, 256), torch.bfloat16, 40, 64)
     attention(compiler, (16, 8, 256), torch.float32, 1, 8192)
     attention(compiler, (32, 8, 128), torch.bfloat16, 1, 64, unit=16)
     counting(compiler, (8, 1, 256), torch.bfloat16, 16)
     attention(compiler, (64, 8, 128), torch.bfloat16, 40, 64, kind="fp8")
-    attention(compiler, (64, 8, 128), torch.bfloat16, 40, 64, kind="int8", window=4096)
+    attention(compiler, (64, 8, 128), torch.bfloat16, 40, 64, kind="int8", window=4096, sinks=True)
     attention(compiler, (8, 1, 256), torch.bfloat16, 40, 64, kind="int4x2")
     attention(compiler, (32, 8, 128), torch.bfloat16, 1, 64, kind="upper")
     merging(compiler, (8, 1, 256), torch.bfloat16)
@@ -265,6 +269,7 @@ def everything(compiler: Compiler) -> None:
                     attention(compiler, heads, dtype, queries, width)
                 attention(compiler, heads, dtype, queries, 64, SHARED)
                 attention(compiler, heads, dtype, queries, 64, window=512)
+                attention(compiler, heads, dtype, queries, 64, sinks=True)
                 for unit in (16, 1):
                     attention(compiler, heads, dtype, queries, 64, unit=unit)
             for kind in KINDS if dtype != torch.float32 else ():  # in which some spill with a head_dim of 256

@@ -1,4 +1,4 @@
-"""One layer of a pool in each KV format."""
+"""Layers of a pool in each KV format, with sinks and without."""
 
 from __future__ import annotations
 
@@ -34,3 +34,9 @@ def layer_of(kind: str, k: Tensor, v: Tensor, num_sealed: int = 0) -> LayerKV:
         layer.seal(some, some)
     exact = [part[num_sealed:].contiguous() for part in (k, v)]
     return replace(layer, k=exact[0], v=exact[1])
+
+
+def draw_sinks(layer: LayerKV, heads: int, dtype: torch.dtype = torch.float32) -> LayerKV:
+    """Add random sinks of this number of query heads: some above all scores, some below."""
+    sinks = (2 + 4 * torch.randn(heads)).to(layer.k.device, dtype)
+    return replace(layer, sinks=sinks)

@@ -32,17 +32,24 @@ MAGICDEC_INLINE Records records_after(const AttentionArgs& args, const Piece& pi
   return find_records(args, args.pages + piece.row * args.row_stride + then * args.head_stride, then, next);
 }
 
+// Writes the results of queries: o and the natural log-sum-exp, with the sinks of their heads.
 template <class T>
 void finish_queries(const AttentionArgs& args, int64_t token, int queries, int head, int group, Running state, int at) {
   for (int i = 0; i < queries; i++) {
     for (int g = 0; g < group; g++) {
       const int row = at + i * group + g;
       const size_t place = size_t(token + i) * args.heads + head * group + g;
-      const float total = sum(load<f32x16>(state.total + row * LANES)), inverse = 1.0f / total;
+      float peak = state.peak[row], total = sum(load<f32x16>(state.total + row * LANES)), inverse = 1.0f / total;
+      if (args.sinks) {
+        const float sink = args.sinks[head * group + g] * 1.44269504f, top = std::max(peak, sink), kept = exp2_of(peak - top);
+        peak = top;
+        total = total * kept + exp2_of(sink - top);
+        inverse = kept / total;
+      }
       T* out = static_cast<T*>(args.out) + place * args.head_dim;
       for (int d = 0; d < args.head_dim; d += LANES)
         store_floats(out + d, load<f32x16>(state.o + size_t(row) * args.head_dim + d) * inverse);
-      args.lse[place] = (state.peak[row] + logarithm(splat(total))[0] * 1.44269504f) * 0.69314718f;
+      args.lse[place] = (peak + logarithm(splat(total))[0] * 1.44269504f) * 0.69314718f;
     }
   }
 }

@@ -97,6 +97,7 @@ struct AttentionArgs {
   SealedPages sealed;       // count 0: there are none; else page_size is SEALED_SLOTS
   int64_t row_stride, head_stride;  // of pages; head_stride 0: one list for all KV heads
   float scale;
+  const float* sinks;  // [heads]: score of one more slot, whose value is zero, that all queries of the head see; null: none
   int fetch_blocks;  // how many blocks of 64 slots ahead keys and values are prefetched; results do not depend on it
   bool fetch_to_l2;  // prefetch into the L2 cache, past the L1 cache
   const int64_t* voters;  // [rows, 2]: queries that vote, counted back from the row's last one, -1: none; null: no votes

@@ -41,9 +41,9 @@ SealedPages sealed_pages(const Tensor& k, const Tensor& v, int64_t kind, const T
 
 std::tuple<Tensor, Tensor> attention(int64_t kernels, const Tensor& q, const Tensor& k, const Tensor& v,
                                      const Tensor& queries, const Tensor& lengths, const Tensor& pages, double scale,
-                                     int64_t fetch_blocks, bool fetch_to_l2, int64_t window, const std::optional<Tensor>& voters,
-                                     int64_t unit, std::optional<Tensor> votes, const std::optional<Tensor>& sealed_k,
-                                     const std::optional<Tensor>& sealed_v, int64_t sealed_kind) {
+                                     int64_t fetch_blocks, bool fetch_to_l2, int64_t window, const std::optional<Tensor>& sinks,
+                                     const std::optional<Tensor>& voters, int64_t unit, std::optional<Tensor> votes,
+                                     const std::optional<Tensor>& sealed_k, const std::optional<Tensor>& sealed_v, int64_t sealed_kind) {
   TORCH_CHECK(q.dim() == 3 && k.dim() == 4 && k.sizes() == v.sizes() && k.strides() == v.strides(), "attention: shapes");
   TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), "attention: types differ");
   TORCH_CHECK(q.size(2) == k.size(3) && q.size(2) % 16 == 0 && k.size(1) > 0 && q.size(1) % k.size(1) == 0, "attention: heads");
@@ -55,6 +55,7 @@ std::tuple<Tensor, Tensor> attention(int64_t kernels, const Tensor& q, const Ten
   check_rows(pages, 1, "pages");
   TORCH_CHECK(pages.dim() == 2 || (pages.dim() == 3 && pages.size(1) == k.size(1)), "attention: pages");
   TORCH_CHECK(!sealed_k == !sealed_v, "attention: sealed keys and values, or none");
+  TORCH_CHECK(!sinks || (sinks->scalar_type() == at::kFloat && sinks->is_contiguous() && sinks->sizes() == q.sizes().slice(1, 1)), "attention: sinks");
   TORCH_CHECK(!voters == !votes, "attention: voters and votes, or none");
   if (voters) {
     check_ints(*voters, "voters");
@@ -96,6 +97,7 @@ std::tuple<Tensor, Tensor> attention(int64_t kernels, const Tensor& q, const Ten
   args.window = window;
   if (sealed_k) args.sealed = sealed_pages(*sealed_k, *sealed_v, sealed_kind, k);
   args.scale = float(scale);
+  if (sinks) args.sinks = sinks->const_data_ptr<float>();
   TORCH_CHECK(fetch_blocks >= 1 && fetch_blocks <= 16, "attention: fetch_blocks");
   args.fetch_blocks = int(fetch_blocks);
   args.fetch_to_l2 = fetch_to_l2;
@@ -274,7 +276,7 @@ TORCH_LIBRARY(magicdec_cpu, m) {
   m.def("linear(int kernels, Tensor x, Tensor packed, Tensor? scales, Tensor? offsets, Tensor? bias, int features, int columns, int gate, bool float_out, int tiles_from) -> Tensor");
   m.def("linear_int4(int kernels, Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int features, int columns, int gate, bool float_out) -> Tensor");
   m.def("linear_coded(int kernels, Tensor x, Tensor packed, bool e4m3, Tensor scales, Tensor? bias, int features, int columns, int gate, bool float_out) -> Tensor");
-  m.def("attention(int kernels, Tensor q, Tensor k, Tensor v, Tensor queries, Tensor lengths, Tensor pages, float scale, int fetch_blocks, bool fetch_to_l2, int window, Tensor? voters, int unit, Tensor(a!)? votes, Tensor? sealed_k, Tensor? sealed_v, int sealed_kind) -> (Tensor, Tensor)");
+  m.def("attention(int kernels, Tensor q, Tensor k, Tensor v, Tensor queries, Tensor lengths, Tensor pages, float scale, int fetch_blocks, bool fetch_to_l2, int window, Tensor? sinks, Tensor? voters, int unit, Tensor(a!)? votes, Tensor? sealed_k, Tensor? sealed_v, int sealed_kind) -> (Tensor, Tensor)");
   m.def("experts(__torch__.torch.classes.magicdec_cpu.Networks networks, Tensor x, Tensor scores, int per_token, bool normalised) -> Tensor");
   m.def("norm(int kernels, Tensor(a!) x, Tensor? delta, Tensor weight, float eps) -> Tensor");
   m.def("rotary(int kernels, Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor positions, Tensor slots, Tensor(b!) k, Tensor(c!) v, Tensor? q_norm, Tensor? k_norm, float eps) -> ()");

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.attention.base import AttentionBatch
-from kernels.attention.reference_attention import ReferenceAttention, merge_segments
+from kernels.attention.reference_attention import ReferenceAttention, add_sinks, merge_segments
 from kernels.kv.kv_pool import LayerKV, write_kv
+from tests.support.kv_layers import draw_sinks
 from tests.support.profiles import examples
 from tests.support.rig import pool_layer
 
@@ -29,6 +31,9 @@ def one_query(layer: LayerKV, q: Tensor, pages: Tensor, visible: int, scale: flo
         v = torch.stack([layer.v[page, kv_head, offset] for page, offset in slots]).double()
         scores = k @ q[head].double() * scale
         outs.append(torch.softmax(scores, 0) @ v)
+        if layer.sinks is not None:
+            scores, v = torch.cat([scores, layer.sinks[head : head + 1]]), torch.cat([v, torch.zeros_like(v[:1])])
+            outs[-1] = torch.softmax(scores, 0) @ v
         lses.append(torch.logsumexp(scores, 0))
     return torch.stack(outs), torch.stack(lses)
 
@@ -39,11 +44,12 @@ def one_query(layer: LayerKV, q: Tensor, pages: Tensor, visible: int, scale: flo
     kv_heads=st.integers(1, 3),
     group=st.integers(1, 4),
     per_head=st.booleans(),
+    sinks=st.booleans(),
     seed=st.integers(0, 1000),
 )
 @examples(40, 120)
 def test_equals_written_out(
-    rows: list[tuple[int, int]], page_size: int, kv_heads: int, group: int, per_head: bool, seed: int
+    rows: list[tuple[int, int]], page_size: int, kv_heads: int, group: int, per_head: bool, sinks: bool, seed: int
 ) -> None:
     torch.manual_seed(seed)
     head_dim = 4
@@ -51,6 +57,8 @@ def test_equals_written_out(
     lengths = [n + before for n, before in rows]
     width = -(-max(lengths) // page_size)
     layer = pool_layer(97, kv_heads, page_size, head_dim, torch.float64)
+    if sinks:
+        layer = draw_sinks(layer, kv_heads * group, torch.float64)
     shape = (len(rows), kv_heads, width) if per_head else (len(rows), width)
     pages = torch.randint(97, shape)
     q = torch.randn(sum(queries), kv_heads * group, head_dim, dtype=torch.float64)
@@ -117,6 +125,22 @@ def test_disjoint_segments_merge_by_log_sum_exp(cut: int, seed: int) -> None:
     merged, merged_lse = merge_segments([o for o, _ in parts], [lse for _, lse in parts])
     torch.testing.assert_close(merged, whole)
     torch.testing.assert_close(merged_lse, whole_lse)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_sinks_that_are_added_later(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = draw_sinks(pool_layer(8, 2, 8, 16, dtype), 6, torch.promote_types(dtype, torch.float32))
+    q = torch.randn(5, 6, 16).to(dtype)
+    backend = ReferenceAttention(8)
+    backend.plan(AttentionBatch([5], [60], torch.randperm(8)[None]))
+    assert layer.sinks is not None
+    added, added_lse = add_sinks(*backend.run(replace(layer, sinks=None), q, 0.5), layer.sinks)
+    out, lse = backend.run(layer, q, 0.5)
+    assert added.dtype == out.dtype == dtype
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(added, out, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(added_lse, lse)
 
 
 def test_write_kv_puts_each_token_in_its_slot() -> None:

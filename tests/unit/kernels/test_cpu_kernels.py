@@ -26,6 +26,7 @@ from kernels.reference_ops import REFERENCE
 from kernels.rope import apply_rope, rotary_frequencies, rotary_tables
 from kernels.weights.int8_weights import Int8Format
 from models.default import user_cache
+from tests.support.kv_layers import draw_sinks
 from tests.support.profiles import examples
 from tests.support.rig import pool_layer
 
@@ -45,6 +46,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
     group=st.integers(1, 4),
     head_dim=st.sampled_from([16, 48, 64, 80, 96, 128]),
     per_head=st.booleans(),
+    sinks=st.booleans(),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 1000),
 )
@@ -57,6 +59,7 @@ def test_attention(
     group: int,
     head_dim: int,
     per_head: bool,
+    sinks: bool,
     dtype: torch.dtype,
     seed: int,
 ) -> None:
@@ -65,6 +68,8 @@ def test_attention(
     lengths = [n + before for n, before in rows]
     width = -(-max(lengths) // page_size)
     layer = pool_layer(97, kv_heads, page_size, head_dim, dtype)
+    if sinks:
+        layer = draw_sinks(layer, kv_heads * group)
     pages = torch.randint(97, (len(rows), kv_heads, width) if per_head else (len(rows), width))
     q = torch.randn(sum(queries), kv_heads * group, head_dim).to(dtype)
     batch = AttentionBatch(queries, lengths, pages)
@@ -85,7 +90,7 @@ def test_attention_of_a_query_depends_on_nothing_else(kernels: CpuKernels, dtype
     bit."""
     torch.manual_seed(1)
     length, n, page_size = 2500, 300, 16
-    layer = pool_layer(200, 3, page_size, 64, dtype)
+    layer = draw_sinks(pool_layer(200, 3, page_size, 64, dtype), 9)
     pages = torch.randperm(200)[None, : -(-length // page_size)]
     q = torch.randn(n, 9, 64).to(dtype)
     backend = CpuAttention(kernels)
@@ -124,6 +129,8 @@ def test_attention_of_drafts_depends_on_nothing_else(kernels: CpuKernels, group:
     torch.manual_seed(head_dim + group)
     length, n, page_size, kv_heads = 1100, 40, 16, 2
     layer = pool_layer(80, kv_heads, page_size, head_dim, torch.bfloat16)
+    if group != 3:
+        layer = draw_sinks(layer, kv_heads * group)
     pages = torch.randperm(80)[None, : -(-length // page_size)]
     q = torch.randn(n, kv_heads * group, head_dim).bfloat16()
     backend = CpuAttention(kernels)

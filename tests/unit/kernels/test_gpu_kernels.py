@@ -25,6 +25,7 @@ from kernels.reference_ops import REFERENCE
 from kernels.rope import apply_rope, rotary_frequencies, rotary_tables
 from kernels.weights.matrix import DenseMatrix
 from tests.support.gates import GATES, joined
+from tests.support.kv_layers import draw_sinks
 from tests.support.profiles import each_value, examples, only_in_all
 from tests.support.rig import pool_layer
 from tests.support.verdicts import DecidedRound, rounds
@@ -35,8 +36,9 @@ from kernels.attention.triton_attention import GpuAttention
 from kernels.gpu import pointwise, sample
 from kernels.gpu import snapkv_scores as triton_snapkv
 from kernels.gpu import verdict as triton_verdict
-from kernels.gpu.attention import assign_tiles, attend
+from kernels.gpu.attention import attend
 from kernels.gpu.gpu_ops import GpuOps
+from kernels.gpu.query_tiles import assign_tiles
 
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") else "cuda")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -183,18 +185,28 @@ def test_sample_of_what_is_impossible_or_not_a_number(size: int) -> None:
     head_dim=st.sampled_from([8, 20]),
     kernel=st.sampled_from([1, 5]),
     span=st.sampled_from([64, 4096]),
+    sinks=st.booleans(),
     dtype=st.sampled_from(DTYPES),
 )
 @examples(4, 24)
 def test_votes(
-    queries: int, before: int, kv_heads: int, group: int, head_dim: int, kernel: int, span: int, dtype: torch.dtype
+    queries: int,
+    before: int,
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    kernel: int,
+    span: int,
+    sinks: bool,
+    dtype: torch.dtype,
 ) -> None:
     torch.manual_seed(0)
     q = randn(queries, kv_heads * group, head_dim, dtype=dtype)
     k = randn(queries + before, kv_heads, head_dim, dtype=dtype).transpose(0, 1)
+    more = {"kernel": kernel, "sinks": randn(kv_heads * group) if sinks else None}
     for candidates in {before, max(0, before - 3), queries + before} - {0}:
-        expected = snapkv_scores(q, k, 0.3, candidates=candidates, kernel=kernel)
-        ours = triton_snapkv.snapkv_scores(q, k, 0.3, candidates=candidates, kernel=kernel, span=span)
+        expected = snapkv_scores(q, k, 0.3, candidates=candidates, **more)
+        ours = triton_snapkv.snapkv_scores(q, k, 0.3, candidates=candidates, span=span, **more)
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
     whole = triton_snapkv.snapkv_scores(q, k, 0.3, candidates=queries + before, kernel=1)
     torch.testing.assert_close(whole.sum(1).cpu(), torch.full((kv_heads,), float(queries * group)))
@@ -227,6 +239,7 @@ def test_accept_and_commit(round_: DecidedRound) -> None:
     group=st.integers(1, 5),
     head_dim=st.sampled_from([8, 16, 20]),
     per_head=st.booleans(),
+    sinks=st.booleans(),
     span=st.sampled_from([64, 4096]),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 1000),
@@ -239,6 +252,7 @@ def test_attention(
     group: int,
     head_dim: int,
     per_head: bool,
+    sinks: bool,
     span: int,
     dtype: torch.dtype,
     seed: int,
@@ -248,6 +262,8 @@ def test_attention(
     lengths = [n + before for n, before in rows]
     width = -(-max(lengths) // page_size)
     layer = pool(31, kv_heads, page_size, head_dim, dtype)
+    if sinks:
+        layer = draw_sinks(layer, kv_heads * group)
     pages = torch.randint(31, (len(rows), kv_heads, width) if per_head else (len(rows), width)).to(DEVICE)
     qkv = randn(sum(queries), kv_heads * (group + 2), head_dim, dtype=dtype)
     q = qkv[:, : kv_heads * group]  # a view of the rotation's output: tokens are not contiguous

@@ -14,6 +14,7 @@ from torch import Tensor
 from kernels.attention.base import AttentionBatch
 from kernels.attention.reference_attention import ReferenceAttention
 from kernels.kv.kv_pool import LayerKV
+from tests.support.kv_layers import draw_sinks
 from tests.support.profiles import examples
 from tests.support.rig import pool_layer
 
@@ -56,6 +57,8 @@ def test_attention_to_a_window(
     width = -(-max(lengths) // page_size)
     stale = len(rows) * width
     layer = pool(stale + 1, 2, page_size, 16, dtype)
+    if group > 1:
+        layer = draw_sinks(layer, 2 * group)
     pages = torch.randperm(stale).view(len(rows), width)
     batch = AttentionBatch(queries, lengths, pages.to(DEVICE), window=window)
     q = randn(sum(queries), 2 * group, 16, dtype=dtype)

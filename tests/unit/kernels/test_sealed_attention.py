@@ -18,7 +18,7 @@ from kernels.cpu.library import SEGMENT, CpuKernels
 from kernels.kv.kv_bits import SEALED_GROUP
 from kernels.kv.kv_pool import LayerKV
 from kernels.kv.sealing_pool import SealingPool
-from tests.support.kv_layers import SEALING
+from tests.support.kv_layers import SEALING, draw_sinks
 from tests.support.profiles import each_value, examples
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -56,7 +56,7 @@ def sealed_layer(
 def as_dense(layer: LayerKV) -> LayerKV:
     """Return the layer with the numbers of its records in exact pages, under the same ids."""
     k, v = (part[0].movedim(0, 1) for part in layer.read(torch.arange(layer.num_sealed + len(layer.k))[None, None]))
-    return LayerKV(k.contiguous(), v.contiguous())
+    return LayerKV(k.contiguous(), v.contiguous(), sinks=layer.sinks)
 
 
 def run(kernels: CpuKernels, layer: LayerKV, batch: AttentionBatch, q: Tensor, threads: int) -> tuple[Tensor, ...]:
@@ -84,7 +84,10 @@ def lasts_of(batch: AttentionBatch) -> AttentionBatch:
 
 
 def check(kernels: CpuKernels, layer: LayerKV, batch: AttentionBatch, heads: int, threads: int = 2) -> None:
-    """Compare the batch with itself on a dense pool, with plain torch, and with each row's last query alone."""
+    """Compare the batch with itself on a dense pool, with plain torch, and with each row's last query alone. An odd
+    number of heads has sinks."""
+    if heads % 2:
+        layer = draw_sinks(layer, heads)
     dtype, head_dim = layer.k.dtype, layer.k.shape[3]
     q = torch.randn(sum(batch.query_lengths), heads, head_dim).to(dtype)
     mine = run(kernels, layer, batch, q, threads)
@@ -99,7 +102,7 @@ def check(kernels: CpuKernels, layer: LayerKV, batch: AttentionBatch, heads: int
     oracle.plan(replace(batch, ballot=None))
     expected, expected_lse = oracle.run(layer, q, head_dim**-0.5)
     torch.testing.assert_close(mine[0].float(), expected.float(), rtol=0, atol=tolerance * largest)
-    torch.testing.assert_close(mine[1], expected_lse, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(mine[1], expected_lse, rtol=1e-3, atol=max(1e-3, tolerance / 4))
 
 
 ROW = st.tuples(

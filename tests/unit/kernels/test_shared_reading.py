@@ -18,6 +18,7 @@ from kernels.flashinfer.flashinfer_sizes import Heads
 from kernels.flashinfer.flashinfer_workspace import Workspace
 from tests.support import fake_flashinfer
 from tests.support.drawn_batches import shared_batches
+from tests.support.kv_layers import draw_sinks
 from tests.support.profiles import examples
 from tests.support.rig import pool_layer
 from tests.support.shared_batches import always_share, check_against_reference
@@ -27,7 +28,7 @@ pytest.importorskip("triton", reason="Triton is not installed: there are no buil
 from kernels.attention.triton_attention import GpuAttention, GpuPrefixGraphAttention
 from kernels.gpu import INTERPRETED
 from kernels.gpu.merge import merge_prefixes as merge_on_gpu
-from kernels.gpu.shared_tiles import SharedTiles
+from kernels.gpu.query_tiles import SharedTiles
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 PAGES = 31
@@ -66,6 +67,7 @@ def test_the_first_segment() -> None:
     head_dim=st.sampled_from([16, 20, 64, 128]),
     per_head=st.booleans(),
     span=st.sampled_from([64, 4096]),
+    sinks=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
 @examples(5, 60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -78,6 +80,7 @@ def test_triton(
     head_dim: int,
     per_head: bool,
     span: int,
+    sinks: bool,
     dtype: torch.dtype,
 ) -> None:
     always_share(monkeypatch)
@@ -87,6 +90,8 @@ def test_triton(
     )
     torch.manual_seed(0)
     layer = pool_layer(PAGES, kv_heads, page_size, head_dim, dtype)
+    if sinks:
+        layer = draw_sinks(layer, kv_heads * group)
     q = torch.randn(sum(batch.query_lengths), kv_heads * (group + 2), head_dim).to(dtype)[:, : kv_heads * group]
     ours = GpuAttention(span)
     ours.plan(batch)
@@ -133,6 +138,7 @@ def test_where_it_does_not_pay_each_row_is_read_by_itself() -> None:
     group=st.sampled_from([1, 3]),
     head_dim=st.sampled_from([64, 128]),
     fused=st.booleans(),
+    sinks=st.booleans(),
 )
 @examples(15, 60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_flashinfer(
@@ -143,6 +149,7 @@ def test_flashinfer(
     group: int,
     head_dim: int,
     fused: bool,
+    sinks: bool,
 ) -> None:
     """Rows of all kinds, in tiles of their own, beside prefixes. fused: merged by the kernel."""
     always_share(monkeypatch)
@@ -151,6 +158,8 @@ def test_flashinfer(
     batch = data.draw(shared_batches(page_size=page_size, pages=PAGES, queries=queries))
     torch.manual_seed(0)
     layer = pool_layer(PAGES, kv_heads, page_size, head_dim, torch.float16)
+    if sinks:
+        layer = draw_sinks(layer, kv_heads * group)
     ours = FlashInferAttention(page_size, WORKSPACE, merge_on_gpu if fused else merge_prefixes)
     ours.plan(batch)
     for _ in range(2):  # layers of a forward
@@ -167,7 +176,7 @@ def test_flashinfer_reads_lists_of_heads_row_by_row(monkeypatch: pytest.MonkeyPa
     """Heads are rows there; nothing but SnapKV's own pool has such lists, whose rows share no page."""
     always_share(monkeypatch)
     monkeypatch.setitem(sys.modules, "flashinfer", fake_flashinfer)
-    layer = pool_layer(9, 2, 16, 64, torch.float16)
+    layer = draw_sinks(pool_layer(9, 2, 16, 64, torch.float16), 4)
     lists = torch.zeros(2, 2, 3, dtype=torch.int64)
     batch = AttentionBatch([1, 1], [40, 40], lists, prefixes=[SharedPrefix((0, 1), 2)])
     ours = FlashInferAttention(16, WORKSPACE)
@@ -200,6 +209,8 @@ def test_captured_batches(
     ours = graph_attention(library, batch, page_size)
     torch.manual_seed(0)
     layer = pool_layer(PAGES, 1, page_size, 64, torch.float16)
+    if queries == 4:
+        layer = draw_sinks(layer, 2)
     for _ in range(3):
         drawn = data.draw(
             shared_batches(page_size=page_size, pages=PAGES, queries=range(1, queries + 1), max_rows=rows)

@@ -41,7 +41,7 @@ def test_cpu_kernels_count_votes_of_shared_segments(kernels: CpuKernels, dtype: 
     """Rows that share segments are computed together, and each has its own votes."""
     rows = ((4, 3000, (0, 3)), (7, 2000, (6, -1)), (1, 2047, (0, -1)), (5, 2300, (-1, -1)), (30, 1500, (2, 29)))
     for unit in (1, 16):
-        case = VoteCase(rows, 16, 3, 3, 64, per_head=False, per_layer=False, unit=unit, shared=True, seed=3)
+        case = VoteCase(rows, 16, 3, 3, 64, per_head=False, per_layer=False, unit=unit, shared=True, sinks=True, seed=3)
         check_votes(CpuAttention(kernels), draw_batch(case, dtype), 1e-2)
 
 

@@ -19,7 +19,7 @@ from kernels.attention.relative import RelativeAttention
 from kernels.cpu.library import SEGMENT, CpuKernels
 from kernels.kv.kv_bits import SEALED_GROUP
 from kernels.kv.kv_pool import LayerKV
-from tests.support.kv_layers import layer_of
+from tests.support.kv_layers import draw_sinks, layer_of
 from tests.support.profiles import each_value, examples
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -65,11 +65,14 @@ def check(
     group: int,
     parts: Sequence[int] = (1, 5, 33),
 ) -> None:
-    """Compare rows of queries, and slots before them, with plain torch, and with parts of their queries alone."""
+    """Compare rows of queries, and slots before them, with plain torch, and with parts of their queries alone. Groups
+    of an odd number of heads have sinks."""
     dtype, (_, kv_heads, page_size, head_dim) = layer.k.dtype, layer.k.shape
     queries, lengths = [n for n, _ in rows], [n + before for n, before in rows]
     lists = torch.randint(POOL, (len(rows), -(-max(lengths) // page_size)))
     q = torch.randn(sum(queries), kv_heads * group, head_dim).to(dtype)
+    if group % 2:
+        layer = draw_sinks(layer, kv_heads * group)
     batch = make_batch(lists, queries, lengths, page_size, window)
     expected, expected_lse = run(ReferenceAttention(page_size), layer, batch, q)
     o, lse = run(CpuAttention(kernels), layer, batch, q)

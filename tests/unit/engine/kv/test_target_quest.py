@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -133,6 +134,16 @@ def test_a_budget_over_the_context_is_dense(page: int) -> None:
     covering = engine_of(budget=160, page=page)
     requests = [AddRequest(str(i), prompt_of(20 + 13 * i, i), params) for i in range(4)]
     assert complete_all(covering, requests) == complete_all(dense, requests)
+
+
+def test_sinks_of_heads_whose_lists_differ(heads: str) -> None:
+    """Heads with lists of their own are rows, to which sinks are added afterwards."""
+    with_sinks = tiny_model(config=replace(TINY, has_sinks=True))
+    target = {"policy": "quest", "budget": 160, "interval": 3, "sink": 4, "window": 160, "heads": heads}
+    params = SamplingParams(max_tokens=60, temperature=1.0, seed=5, ignore_eos=True)
+    requests = [AddRequest(str(i), prompt_of(20 + 13 * i, i), params) for i in range(3)]
+    covering = complete_all(tiny_engine(with_sinks, gamma=0, target_kv=target), requests)
+    assert covering == complete_all(tiny_engine(with_sinks, gamma=0), requests)
 
 
 def test_a_small_budget_is_lossy() -> None:

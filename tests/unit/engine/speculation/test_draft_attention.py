@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -47,10 +49,15 @@ def paged(keys: list[Tensor], values: list[Tensor]) -> tuple[LayerKV, Tensor]:
     return layer, table
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def weigh(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Compute the softmax of scores [heads, length], with sinks [heads] among them."""
+    return torch.softmax(scores if sinks is None else torch.cat([scores, sinks[:, None]], 1), -1)[:, : scores.shape[1]]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor | None) -> Tensor:
     """Attend from one query [heads, dim] to k, v [length, kv_heads, dim]."""
     group = HEADS // KV_HEADS
-    weights = torch.softmax(torch.einsum("hd,lhd->hl", q, k.repeat_interleave(group, 1)) * scale, -1)
+    weights = weigh(torch.einsum("hd,lhd->hl", q, k.repeat_interleave(group, 1)) * scale, sinks)
     return torch.einsum("hl,lhd->hd", weights, v.repeat_interleave(group, 1))
 
 
@@ -58,9 +65,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     lengths=st.lists(st.integers(1, 90), min_size=1, max_size=4),
     queries=st.integers(1, 3),
     pages=st.integers(2, 6),
+    has_sinks=st.booleans(),
 )
 @examples(20, 80)
-def test_relative_positions_are_positions_in_the_cache(lengths: list[int], queries: int, pages: int) -> None:
+def test_relative_positions_are_positions_in_the_cache(
+    lengths: list[int], queries: int, pages: int, has_sinks: bool
+) -> None:
     lengths = [max(length, queries) for length in lengths]
     rotary = rotary_tables(rotary_frequencies(DIM, 10000.0), 100, dtype=torch.float64, device=torch.device("cpu"))
     raw = [random(length, KV_HEADS, DIM, seed=i) for i, length in enumerate(lengths)]
@@ -71,6 +81,8 @@ def test_relative_positions_are_positions_in_the_cache(lengths: list[int], queri
         return apply_rope(x, rotary[0][positions], rotary[1][positions])
 
     layer, table = paged([at(k, torch.arange(len(k))) for k in raw], values)
+    sinks = random(HEADS, seed=6) if has_sinks else None
+    layer = replace(layer, sinks=sinks)
     window = WindowView(table, budget=pages * PAGE, sink=PAGE, page_size=PAGE)
     contexts = np.array(lengths) - queries + 1
     skipped = window.skipped(np.arange(len(lengths)), contexts).tolist()
@@ -89,7 +101,7 @@ def test_relative_positions_are_positions_in_the_cache(lengths: list[int], queri
             index = torch.tensor(list(kept))
             keys = at(raw[row][index], torch.arange(len(index)))
             query = at(asked[row][i : i + 1], torch.tensor([len(index) - 1]))[0]
-            expected = attend(query, keys, values[row][index], DIM**-0.5)
+            expected = attend(query, keys, values[row][index], DIM**-0.5, sinks)
             torch.testing.assert_close(out[row][i], expected, rtol=0, atol=2e-5)  # angles are float32
 
 
@@ -97,9 +109,12 @@ def test_relative_positions_are_positions_in_the_cache(lengths: list[int], queri
     rows=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 3)), min_size=1, max_size=4),
     budget=st.integers(1, 50),
     window=st.sampled_from([0, 1, 5, 20]),
+    has_sinks=st.booleans(),
 )
 @examples(30, 100)
-def test_top_k_keeps_the_keys_with_most_attention(rows: list[tuple[int, int]], budget: int, window: int) -> None:
+def test_top_k_keeps_the_keys_with_most_attention(
+    rows: list[tuple[int, int]], budget: int, window: int, has_sinks: bool
+) -> None:
     """Among those that a query sees: slots before the window of all queries hold NaN here."""
     lengths = [max(rows[i]) for i in range(len(rows))]
     queries = [min(rows[i]) for i in range(len(rows))]
@@ -110,6 +125,8 @@ def test_top_k_keeps_the_keys_with_most_attention(rows: list[tuple[int, int]], b
         gone = max(0, length - n + 1 - window) if window else 0
         key[:gone] = value[:gone] = float("nan")
     layer, table = paged(keys, values)
+    sinks = 3 * random(HEADS, seed=6) if has_sinks else None
+    layer = replace(layer, sinks=sinks)
     batch = AttentionBatch(queries, lengths, table, window=window)
     backend, dense = TopKAttention(PAGE, budget), ReferenceAttention(PAGE)
     backend.plan(batch)
@@ -127,26 +144,32 @@ def test_top_k_keeps_the_keys_with_most_attention(rows: list[tuple[int, int]], b
                 mine = q[first + i, head * group : (head + 1) * group]
                 first_seen = max(0, seen - window) if window else 0
                 scores = mine @ keys[row][first_seen:seen, head].T * 0.7
-                best = torch.softmax(scores, -1).sum(0).topk(min(budget, seen - first_seen)).indices
-                expected = torch.softmax(scores[:, best], -1) @ values[row][first_seen + best, head]
-                torch.testing.assert_close(out[first + i, head * group : (head + 1) * group], expected)
-                torch.testing.assert_close(
-                    total[first + i, head * group : (head + 1) * group], scores[:, best].logsumexp(-1)
-                )
+                of_head = slice(head * group, (head + 1) * group)
+                mine_sinks = None if sinks is None else sinks[of_head]
+                best = weigh(scores, mine_sinks).sum(0).topk(min(budget, seen - first_seen)).indices
+                expected = weigh(scores[:, best], mine_sinks) @ values[row][first_seen + best, head]
+                torch.testing.assert_close(out[first + i, of_head], expected)
+                expected_total = scores[:, best].logsumexp(-1)
+                if mine_sinks is not None:
+                    expected_total = torch.logaddexp(expected_total, mine_sinks)
+                torch.testing.assert_close(total[first + i, of_head], expected_total)
         first += n
 
 
+@pytest.mark.parametrize("has_sinks", [False, True])
 @pytest.mark.parametrize(("length", "queries", "candidates", "kernel"), [(20, 6, 14, 5), (9, 4, 7, 3), (5, 5, 5, 1)])
 def test_snapkv_scores_are_attention_of_the_last_queries(
-    length: int, queries: int, candidates: int, kernel: int
+    length: int, queries: int, candidates: int, kernel: int, has_sinks: bool
 ) -> None:
     q, k = random(queries, HEADS, DIM), random(KV_HEADS, length, DIM, seed=1)
-    votes = snapkv_scores(q, k, 0.5, candidates=candidates, kernel=kernel)
+    sinks = 3 * random(HEADS, seed=2) if has_sinks else None
+    votes = snapkv_scores(q, k, 0.5, candidates=candidates, kernel=kernel, sinks=sinks)
     summed = torch.zeros(HEADS, candidates, dtype=torch.float64)
     for i in range(queries):
         seen = length - queries + i + 1
         for head in range(HEADS):
-            weights = torch.softmax(k[head // (HEADS // KV_HEADS), :seen] @ q[i, head] * 0.5, 0)
+            scores = k[head // (HEADS // KV_HEADS), :seen] @ q[i, head] * 0.5
+            weights = weigh(scores[None], None if sinks is None else sinks[head : head + 1])[0]
             summed[head, : min(seen, candidates)] += weights[:candidates]
     for head in range(KV_HEADS):
         for key in range(candidates):
@@ -161,9 +184,11 @@ class Spy(ReferenceAttention):
     def __init__(self, page_size: int) -> None:
         super().__init__(page_size)
         self.queries: list[Tensor] = []
+        self.sinks: list[Tensor | None] = []
 
     def run(self, layer: LayerKV, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         self.queries.append(q.clone())
+        self.sinks.append(layer.sinks)
         return super().run(layer, q, scale)
 
 
@@ -171,7 +196,8 @@ class Spy(ReferenceAttention):
 @pytest.mark.parametrize("prompt", [70, 131])
 def test_snapkv_copies_what_the_last_queries_attend_to(prompt: int, batch_tokens: int) -> None:
     """However the prompt is chunked, the cache holds the selected tokens first, then the recent ones in their ring."""
-    model, page, recent, queries, kernel = tiny_model(), 4, 8, 6, 3
+    config = replace(TINY, has_sinks=True, attention_scale=0.7)
+    model, page, recent, queries, kernel = tiny_model(config=config), 4, 8, 6, 3
     budget = 32
     kv = {"policy": "snapkv", "budget": budget, "recent": recent, "queries": queries, "kernel": kernel}
     engine = tiny_engine(
@@ -203,7 +229,12 @@ def test_snapkv_copies_what_the_last_queries_attend_to(prompt: int, batch_tokens
             [part[oracle.pages[0]].transpose(0, 1).flatten(1, 2)[:, :prompt] for part in (layer.k, layer.v)]
         )
         votes = snapkv_scores(
-            spy.queries[index][-queries:], keys[0], TINY.head_dim**-0.5, candidates=first_recent, kernel=kernel
+            spy.queries[index][-queries:],
+            keys[0],
+            0.7,
+            candidates=first_recent,
+            kernel=kernel,
+            sinks=spy.sinks[index],
         )
         best = votes.topk(count).indices.sort(-1).values
         stored = cache.pool.layer(index)
