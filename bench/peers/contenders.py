@@ -55,6 +55,7 @@ CONTENDERS = (
     Peer("vllm", "vllm", sets=("usual", "weights", "kv")),
     Peer("vllm float32", "vllm", {"dtype": "float32"}, ()),
     Peer("vllm ngram", "vllm", {"speculative_config": _VLLM_NGRAM}),
+    Peer("vllm ngram float32", "vllm", {"dtype": "float32", "speculative_config": _VLLM_NGRAM}, ()),
     Peer("vllm prefix", "vllm", {"prefix": True}, ("shared",)),
     Peer("vllm fp8 KV", "vllm", {"kv": "fp8"}, ("kv",)),
     Peer("llama.cpp bf16", "llama_cpp", {"weights": "BF16"}, ("usual", "weights")),
