@@ -141,9 +141,11 @@ class TimedOps:
         with self._clock.time("verdict"):
             (self._inner.commit or commit_tokens)(tokens, computed, row_spans, verdict)
 
-    def snapkv_scores(self, q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int) -> Tensor:
+    def snapkv_scores(
+        self, q: Tensor, k: Tensor, scale: float, *, candidates: int, kernel: int, sinks: Tensor | None = None
+    ) -> Tensor:
         with self._clock.time("SnapKV scores"):
-            return self._inner.snapkv_scores(q, k, scale, candidates=candidates, kernel=kernel)
+            return self._inner.snapkv_scores(q, k, scale, candidates=candidates, kernel=kernel, sinks=sinks)
 
     def best(self, votes: Tensor, count: int) -> Tensor:
         with self._clock.time("choice of KV"):

@@ -58,8 +58,9 @@ def model_frequencies(rope: RopeConfig, rotated: int, served: int) -> Tensor:
     token on, and dynamic the theta of this length, whatever a request's, so that KV does not depend on what follows it.
     """
     if rope.kind == "dynamic":
-        sizes = {"factor": rope.factor, "original_max_positions": rope.original_max_positions, "length": served}
-        return rotary_frequencies(rotated, dynamic_theta(rope.theta, rotated, **sizes))
+        original = rope.original_max_positions
+        theta = dynamic_theta(rope.theta, rotated, factor=rope.factor, original_max_positions=original, length=served)
+        return rotary_frequencies(rotated, theta)
     periods, frequencies = rotary_periods(rotated, rope.theta), rotary_frequencies(rotated, rope.theta)
     if rope.kind == "linear":
         return frequencies / rope.factor

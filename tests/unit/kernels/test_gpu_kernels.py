@@ -6,6 +6,7 @@ The interpreter truncates to bfloat16 where a GPU rounds, so tolerances allow on
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -203,7 +204,7 @@ def test_votes(
     torch.manual_seed(0)
     q = randn(queries, kv_heads * group, head_dim, dtype=dtype)
     k = randn(queries + before, kv_heads, head_dim, dtype=dtype).transpose(0, 1)
-    more = {"kernel": kernel, "sinks": randn(kv_heads * group) if sinks else None}
+    more: Any = {"kernel": kernel, "sinks": randn(kv_heads * group) if sinks else None}
     for candidates in {before, max(0, before - 3), queries + before} - {0}:
         expected = snapkv_scores(q, k, 0.3, candidates=candidates, **more)
         ours = triton_snapkv.snapkv_scores(q, k, 0.3, candidates=candidates, span=span, **more)
