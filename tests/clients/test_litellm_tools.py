@@ -1,4 +1,5 @@
-"""LiteLLM: openai/… chats with tools and anthropic/… messages, streamed and not; the Messages API over responses."""
+"""LiteLLM: openai/… chats, with tools and structured output, and anthropic/… messages, streamed and not; errors; the
+Messages API over responses."""
 
 from __future__ import annotations
 
@@ -8,8 +9,9 @@ from typing import Any
 
 import litellm
 import pytest
+from litellm.exceptions import BadRequestError, NotFoundError
 
-from tests.support.client_servers import WEATHER_CALL, ScriptedServer
+from tests.support.client_servers import WEATHER_CALL, City, ScriptedServer
 from tests.support.servers import PATIENCE_S, Server
 
 QUESTION = {"role": "user", "content": "What is the weather in Ulm?"}
@@ -32,6 +34,42 @@ def options(url: str, model: str) -> dict[str, Any]:
         "timeout": PATIENCE_S,
         "num_retries": 0,
     }
+
+
+def ask(server: Server, question: str = "What is the capital of France? Answer with one word.") -> dict[str, Any]:
+    """Return the arguments of a question to the default model, without tools."""
+    plain = options(f"{server.url}/v1", "default") | {"temperature": 0, "max_tokens": 40}
+    del plain["tools"]
+    return plain | {"messages": [{"role": "user", "content": question}]}
+
+
+def test_completion(server: Server) -> None:
+    """completion(…) by the default model."""
+    answer = litellm.completion(**ask(server))
+    assert "Paris" in answer.choices[0].message.content
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage.completion_tokens > 0
+
+
+def test_stream_of_text(server: Server) -> None:
+    """completion(stream=True) by the default model: the chunks are the text."""
+    chunks = list(litellm.completion(**ask(server), stream=True))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == litellm.completion(**ask(server)).choices[0].message.content
+
+
+def test_structured_output(server: Server) -> None:
+    """completion(response_format=a pydantic model) by the default model."""
+    answer = litellm.completion(**ask(server, "Tell me of Paris."), response_format=City)
+    City.model_validate_json(answer.choices[0].message.content)
+
+
+def test_errors(server: Server) -> None:
+    """Status and message become LiteLLM's exceptions."""
+    with pytest.raises(BadRequestError, match="top_p"):
+        litellm.completion(**ask(server) | {"top_p": 7})
+    with pytest.raises(NotFoundError):
+        litellm.completion(**ask(server) | {"model": "openai/another"})
 
 
 def test_tools(scripted: ScriptedServer) -> None:

@@ -1,4 +1,4 @@
-"""Unmodified third-party clients and a fuzzer against real servers."""
+"""LangChain, unmodified, and a fuzzer against real servers. `make test-clients` runs many more clients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Literal
 import pytest
 from pydantic import BaseModel
 
-from tests.support.profiles import is_all, whole_test_only_in_all
+from tests.support.profiles import is_all
 from tests.support.servers import PATIENCE_S, Server, eventually
 
 QUESTION = "What is the capital of France? Answer with one word."
@@ -63,57 +63,6 @@ class TestLangChain:
 
         with pytest.raises(openai.BadRequestError, match="top_p"):
             model.bind(top_p=7).invoke(QUESTION)
-
-
-class TestLiteLLM:
-    @pytest.fixture
-    def ask(self, server: Server, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-        monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # otherwise importing it accesses the network
-        return {
-            "model": "openai/default",
-            "api_base": f"{server.url}/v1",
-            "api_key": "none",
-            "messages": [{"role": "user", "content": QUESTION}],
-            "temperature": 0,
-            "max_tokens": 40,
-            "timeout": PATIENCE_S,
-            "num_retries": 0,
-        }
-
-    @whole_test_only_in_all
-    def test_completion(self, ask: dict[str, Any]) -> None:
-        import litellm
-
-        answer = litellm.completion(**ask)
-        assert "Paris" in answer.choices[0].message.content
-        assert answer.choices[0].finish_reason == "stop"
-        assert answer.usage.completion_tokens > 0
-
-    @whole_test_only_in_all
-    def test_stream(self, ask: dict[str, Any]) -> None:
-        import litellm
-
-        chunks = list(litellm.completion(**ask, stream=True))
-        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
-        assert text == litellm.completion(**ask).choices[0].message.content
-
-    @whole_test_only_in_all
-    def test_structured_output(self, ask: dict[str, Any]) -> None:
-        import litellm
-
-        ask["messages"] = [{"role": "user", "content": "Tell me of Paris."}]
-        answer = litellm.completion(**ask, response_format=City)
-        City.model_validate_json(answer.choices[0].message.content)
-
-    @whole_test_only_in_all
-    def test_errors(self, ask: dict[str, Any]) -> None:
-        import litellm
-        from litellm.exceptions import BadRequestError, NotFoundError
-
-        with pytest.raises(BadRequestError, match="top_p"):
-            litellm.completion(**ask | {"top_p": 7})
-        with pytest.raises(NotFoundError):
-            litellm.completion(**ask | {"model": "openai/another"})
 
 
 CHECKS = "not_a_server_error,response_schema_conformance,status_code_conformance,content_type_conformance"
