@@ -20,7 +20,7 @@ from tests.support.contract import (
     USER,
     fault,
 )
-from tests.support.servers import PATIENCE_S, Server
+from tests.support.servers import PLAIN, Server
 
 MESSAGES = "/v1/messages"
 
@@ -54,7 +54,7 @@ def test_the_ready_line_is_a_command_that_works(tiny: Server) -> None:
     assert arguments[0] == "curl"
     url, headers, data = arguments[1], arguments[3], arguments[5]
     name, _, value = headers.partition(": ")
-    answer = httpx.post(url, headers={name: value}, content=data, timeout=PATIENCE_S)
+    answer = httpx.post(url, headers={name: value}, content=data, **PLAIN)
     assert answer.status_code == 200
     assert answer.json()["choices"][0]["message"]["role"] == "assistant"
 

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from tests.support.browser import CHROMIUM, Page, browser
-from tests.support.servers import PATIENCE_S, Server
+from tests.support.servers import PLAIN, Server
 
 in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 
@@ -41,10 +41,10 @@ def test_a_browser_keeps_its_copy(tiny: Server) -> None:
     whole = tiny.get("/")
     tag = whole.headers["etag"]
     for known in (tag, f"W/{tag}", f'"other", {tag}', "*"):
-        answer = httpx.get(tiny.url + "/", headers={"If-None-Match": known}, timeout=PATIENCE_S)
+        answer = httpx.get(tiny.url + "/", headers={"If-None-Match": known}, **PLAIN)
         assert (answer.status_code, answer.content, answer.headers["etag"]) == (304, b"", tag)
         assert answer.headers["content-security-policy"] == whole.headers["content-security-policy"]
-    assert httpx.get(tiny.url + "/", headers={"If-None-Match": '"other"'}, timeout=PATIENCE_S).content == whole.content
+    assert httpx.get(tiny.url + "/", headers={"If-None-Match": '"other"'}, **PLAIN).content == whole.content
 
 
 @pytest.fixture

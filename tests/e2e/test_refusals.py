@@ -19,7 +19,7 @@ from tests.support.contract import (
     USER,
     fault,
 )
-from tests.support.servers import PATIENCE_S, Server
+from tests.support.servers import PATIENCE_S, PLAIN, Server
 
 
 @pytest.mark.parametrize(("field", "value"), [*NOT_SERVED_ON_BOTH.items(), *NOT_SERVED_ON_COMPLETIONS.items()])
@@ -97,7 +97,7 @@ def test_chats_that_are_refused(tiny: Server, body: dict[str, Any], param: str, 
     [b"", b"{", b"nonsense", b'{"prompt": "\xff"}', b'{"prompt": "\\ud800"}', b"[" * 50_000, b"null", b"[]", b'"x"'],
 )
 def test_what_is_no_json_object(tiny: Server, content: bytes) -> None:
-    fault(httpx.post(tiny.url + COMPLETIONS, content=content, timeout=PATIENCE_S), 400)
+    fault(httpx.post(tiny.url + COMPLETIONS, content=content, **PLAIN), 400)
 
 
 def test_input_is_hardly_repeated(tiny: Server) -> None:
@@ -132,7 +132,7 @@ def test_body_cap(tiny: Server) -> None:
 
     small, large = body_of(limit - 1000), body_of(limit)
     for content, whole in ((small, small), (chunks(small), small), (large, large), (chunks(large), large)):
-        answer = httpx.post(tiny.url + COMPLETIONS, content=content, timeout=PATIENCE_S)
+        answer = httpx.post(tiny.url + COMPLETIONS, content=content, **PLAIN)
         if len(whole) > limit:
             fault(answer, 413, "body_too_large")
         else:

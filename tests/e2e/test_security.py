@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.servers import PATIENCE_S, Server, eventually, start
+from tests.support.servers import PATIENCE_S, PLAIN, Server, eventually, start
 
 COMPLETIONS = "/v1/completions"
 BODY = {"prompt": "the secret word is swordfish", "max_tokens": 3}
@@ -45,7 +45,7 @@ def ask(server: Server, path: str = COMPLETIONS, *, key: str | None = KEYS[0], *
     method = "POST" if path == COMPLETIONS else "GET"
     body = BODY if method == "POST" else None
     headers |= options.pop("headers", {})
-    return httpx.request(method, server.url + path, json=body, headers=headers, timeout=PATIENCE_S, **options)
+    return httpx.request(method, server.url + path, json=body, headers=headers, **PLAIN, **options)
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -77,13 +77,13 @@ def test_others_open_none_but_the_watched(guarded: Server, key: str | None) -> N
 def test_other_schemes_and_two_keys_are_refused(guarded: Server) -> None:
     assert ask(guarded, key=None, headers={"Authorization": f"Basic {KEYS[0]}"}).status_code == 401
     two = [("Authorization", f"Bearer {KEYS[0]}"), ("Authorization", f"Bearer {KEYS[1]}")]
-    answer = httpx.get(f"{guarded.url}/v1/models", headers=two, timeout=PATIENCE_S)
+    answer = httpx.get(f"{guarded.url}/v1/models", headers=two, **PLAIN)
     assert answer.status_code == 401
 
 
 def test_pages_of_an_origin_may_ask(guarded: Server) -> None:
     preflight = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}
-    answer = httpx.options(guarded.url + COMPLETIONS, headers=preflight, timeout=PATIENCE_S)
+    answer = httpx.options(guarded.url + COMPLETIONS, headers=preflight, **PLAIN)
     assert answer.headers["access-control-allow-origin"] == "https://page.example"
     seen = ask(guarded, headers={"Origin": "https://page.example"}).headers
     assert seen["access-control-allow-origin"] == "https://page.example"
@@ -141,7 +141,7 @@ def test_a_body_that_trickles(guarded: Server) -> None:
 
 def test_a_later_request_has_as_long(guarded: Server) -> None:
     """Time-outs are per request, not per connection."""
-    with httpx.Client(base_url=guarded.url, headers={"Authorization": f"Bearer {KEYS[0]}"}) as client:
+    with httpx.Client(base_url=guarded.url, headers={"Authorization": f"Bearer {KEYS[0]}"}, verify=False) as client:
         for _ in range(3):
             assert client.get("/version", timeout=PATIENCE_S).status_code == 200
             time.sleep(0.7)
@@ -172,7 +172,7 @@ def test_a_queue_of_tokens(guarded: Server) -> None:
     headers = {"Authorization": f"Bearer {KEYS[0]}"}
     long = {"prompt": [5] * 350, "max_tokens": 1500, "ignore_eos": True, "stream": True}
     with (
-        httpx.Client(base_url=guarded.url, headers=headers, timeout=PATIENCE_S) as client,
+        httpx.Client(base_url=guarded.url, headers=headers, **PLAIN) as client,
         client.stream("POST", COMPLETIONS, json=long) as running,
     ):
         lines = running.iter_lines()

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from tests.support.profiles import is_all
 from tests.support.schemas import random_schema
-from tests.support.servers import PATIENCE_S, Server
+from tests.support.servers import PATIENCE_S, PLAIN, Server
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = [{"role": "user", "content": "Tell me about a person."}]
@@ -96,7 +96,7 @@ def test_random_schemas(tiny: Server) -> None:
 
     async def main() -> list[list[str]]:
         limits = httpx.Limits(max_connections=20)
-        async with httpx.AsyncClient(base_url=tiny.url, timeout=PATIENCE_S, limits=limits) as http:
+        async with httpx.AsyncClient(base_url=tiny.url, limits=limits, **PLAIN) as http:
             return [
                 await asyncio.gather(*(ask(http, seed, schema, others) for seed, schema in enumerate(schemas)))
                 for others in ({"speculation": {"max_draft_tokens": 3}}, OFF)

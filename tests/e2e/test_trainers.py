@@ -17,7 +17,7 @@ import yaml
 from tests.support.paths import ROOT
 from tests.support.profiles import is_all
 from tests.support.ranks import SERVED_MODEL, write_random_model
-from tests.support.servers import PATIENCE_S, TINY_SETTINGS, Server, command, environment, eventually, start
+from tests.support.servers import PATIENCE_S, PLAIN, TINY_SETTINGS, Server, command, environment, eventually, start
 
 KEY = "secret"
 SETTINGS: dict[str, Any] = {
@@ -40,7 +40,7 @@ class Trainer:
 
     def __init__(self, server: Server) -> None:
         headers = {"Authorization": f"Bearer {KEY}"}
-        self.http = httpx.Client(base_url=server.url, headers=headers, timeout=PATIENCE_S)
+        self.http = httpx.Client(base_url=server.url, headers=headers, **PLAIN)
 
     def state(self) -> str:
         state: str = self.http.get("/load").raise_for_status().json()["state"]

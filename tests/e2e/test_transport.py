@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from tests.support.contract import CHAT, COMPLETIONS, USER
-from tests.support.servers import PATIENCE_S, Server, start
+from tests.support.servers import PATIENCE_S, PLAIN, Server, start
 
 KEY = "the-key"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
@@ -36,7 +36,7 @@ def test_a_stream_begins_and_pings_while_the_request_waits(transport: Server) ->
     long = {"prompt": "x", "max_tokens": 4000, "ignore_eos": True, "stream": True}
     short = {"messages": USER, "max_tokens": 3, "ignore_eos": True, "stream": True}
     with (
-        httpx.Client(base_url=transport.url, headers=HEADERS, timeout=PATIENCE_S) as client,
+        httpx.Client(base_url=transport.url, headers=HEADERS, **PLAIN) as client,
         client.stream("POST", COMPLETIONS, json=long) as running,
     ):
         others = running.iter_lines()
@@ -91,10 +91,10 @@ def test_a_large_body_is_refused_with_an_answer(
 
 def test_head_is_get_without_a_body(transport: Server) -> None:
     for path in ("/health", "/v1/models", "/metrics", "/"):
-        answer = httpx.head(transport.url + path, headers=HEADERS, timeout=PATIENCE_S)
+        answer = httpx.head(transport.url + path, headers=HEADERS, **PLAIN)
         assert (answer.status_code, answer.content) == (200, b"")
         assert int(answer.headers["content-length"]) > 0
-    refused = httpx.head(transport.url + COMPLETIONS, headers=HEADERS, timeout=PATIENCE_S)
+    refused = httpx.head(transport.url + COMPLETIONS, headers=HEADERS, **PLAIN)
     assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
 
 
@@ -125,5 +125,5 @@ def test_a_refusal_of_the_connection_returns_the_id_too(transport: Server) -> No
     """Also one that the application never sees, and one without a key."""
     large = {"X-Request-Id": "my-id", "X-Long": "x" * 70_000}
     for headers, status in ((large, 431), ({"X-Request-Id": "my-id"}, 401)):
-        answer = httpx.get(f"{transport.url}/version", headers=headers, timeout=PATIENCE_S)
+        answer = httpx.get(f"{transport.url}/version", headers=headers, **PLAIN)
         assert (answer.status_code, answer.headers["x-request-id"]) == (status, "my-id")

@@ -27,7 +27,7 @@ import httpx
 import psutil
 
 from tests.support.ranks import SERVED_MODEL, write_random_model
-from tests.support.servers import PATIENCE_S, Server, start
+from tests.support.servers import PATIENCE_S, PLAIN, Server, start
 
 CLIENTS = 8
 BODIES = 40
@@ -111,7 +111,7 @@ class Chaos:
         """Run for this long, or until the first deadly fault if that comes later."""
         before = await self._held()
         limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=self._server.url, timeout=PATIENCE_S, limits=limits) as http:
+        async with httpx.AsyncClient(base_url=self._server.url, limits=limits, **PLAIN) as http:
             clients = [asyncio.create_task(self._client(http)) for _ in range(CLIENTS)]
             watcher = asyncio.create_task(self._watch(http))
             faults = asyncio.create_task(self._faults(http))

@@ -12,7 +12,7 @@ import httpx
 from pydantic import BaseModel, ConfigDict
 
 from tests.support.paths import ROOT
-from tests.support.servers import PATIENCE_S, environment
+from tests.support.servers import PLAIN, environment
 
 PYTHON = str(ROOT / ".venv" / "bin" / "python")
 """Interpreter of the servers."""
@@ -44,11 +44,11 @@ class ScriptedServer:
 
     def answer(self, *texts: str) -> None:
         """Answer the next requests with these texts, and forget the requests so far."""
-        httpx.post(self.root + "/script", json=texts, timeout=PATIENCE_S).raise_for_status()
+        httpx.post(self.root + "/script", json=texts, **PLAIN).raise_for_status()
 
     def requests(self, name: str) -> list[str]:
         """Return `prompts` or `grammars` of the requests since `answer`, all of whose texts must be used up."""
-        report = httpx.get(self.root + "/script", timeout=PATIENCE_S).json()
+        report = httpx.get(self.root + "/script", **PLAIN).json()
         assert report["left"] == 0
         found: list[str] = report[name]
         return found

@@ -25,6 +25,8 @@ from tests.support.paths import ROOT
 PATIENCE_S = 120.0
 """Time after which a test fails. Nothing is expected to take nearly this long."""
 
+PLAIN: dict[str, Any] = {"timeout": PATIENCE_S, "verify": False}
+"""Options of httpx for servers without TLS: to load the certificates of authorities takes longer than most requests."""
 
 TINY_SETTINGS: dict[str, Any] = {
     "engine": {
@@ -81,10 +83,10 @@ class Server:
         return float(found[1])
 
     def get(self, path: str) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=PATIENCE_S)
+        return httpx.get(self.url + path, **PLAIN)
 
     def post(self, path: str, body: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=PATIENCE_S)
+        return httpx.post(self.url + path, json=body, **PLAIN)
 
     def load(self) -> dict[str, int]:
         answer: dict[str, int] = self.get("/load").raise_for_status().json()
@@ -178,7 +180,7 @@ class Stream(threading.Thread):
     def run(self) -> None:
         body = {**self._body, "stream": True}
         try:
-            with httpx.stream("POST", self._server.url + "/v1/completions", json=body, timeout=PATIENCE_S) as answer:
+            with httpx.stream("POST", self._server.url + "/v1/completions", json=body, **PLAIN) as answer:
                 self.status = answer.status_code
                 for line in answer.iter_lines():
                     if line == "data: [DONE]":
