@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,14 @@ from tests.support.tiny import write_tokenizer
 
 if not torch.cuda.is_available():  # Triton reads the variable when a test module first imports it
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_finish() -> None:
+    """Hasten Triton's interpreter, if a test module has imported it."""
+    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET"):
+        from tests.support.quick_interpreter import hasten
+
+        hasten()
 
 
 @pytest.fixture(scope="session")
