@@ -62,12 +62,13 @@ def complete(model: DecoderModel, model_dir: Path, speculation: dict[str, Any]) 
         return llm.generate(prompts, params), llm.stats
 
 
-@pytest.mark.parametrize("model", KINDS, indirect=True, scope="module")
+@pytest.mark.parametrize("model", [only_in_all(KINDS[0]), KINDS[1]], indirect=True, scope="module")
 @pytest.mark.parametrize("policy", ["window", only_in_all("verified"), only_in_all("quest")])
 def test_speculation_never_changes_text(
     model: DecoderModel, model_dir: Path, plain: list[Completion], policy: str
 ) -> None:
-    """A ragged batch, prompts of 1 to 100 tokens or more, most of which outgrow the budget."""
+    """A ragged batch, prompts of 1 to 100 tokens or more, most of which outgrow the budget. In `make test`,
+    test_policy_law.py has the reference, with small models."""
     drafted, stats = complete(model, model_dir, {"gamma": 4, "kv": {"policy": policy, "budget": 64}})
     for completion, expected in zip(drafted, plain, strict=True):
         assert completion.token_ids == expected.token_ids
