@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.servers import PATIENCE_S, PLAIN, Server, eventually, start
+from tests.support.servers import PATIENCE_S, PLAIN, TINY_SETTINGS, Server, eventually, start
 
 COMPLETIONS = "/v1/completions"
 BODY = {"prompt": "the secret word is swordfish", "max_tokens": 3}
@@ -35,7 +35,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Itera
         "body_timeout_s": 1.0,
         "max_queued_tokens": 300,
     }
-    server = start(directory, tiny_model, "--api-key", KEYS[0], config={"server": settings})
+    server = start(directory, tiny_model, "--api-key", KEYS[0], config={**TINY_SETTINGS, "server": settings})
     yield server
     server.stop()
 
