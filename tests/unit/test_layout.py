@@ -9,7 +9,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -47,6 +47,12 @@ class Import:
     import."""
 
 
+@cache
+def parsed(text: str) -> ast.Module:
+    """Parse each file once for all tests."""
+    return ast.parse(text)
+
+
 @dataclass(frozen=True)
 class Module:
     name: str
@@ -54,7 +60,7 @@ class Module:
 
     @cached_property
     def tree(self) -> ast.Module:
-        return ast.parse(self.path.read_text(encoding="utf-8"), str(self.path))
+        return parsed(self.path.read_text(encoding="utf-8"))
 
     @cached_property
     def imports(self) -> list[Import]:
@@ -211,7 +217,7 @@ def test_server_runs_without_torch() -> None:
 
 def test_nothing_unpickles() -> None:
     paths = [path for layer in (*LAYERS, "tests") for path in sorted((ROOT / layer).rglob("*.py"))]
-    faults = {path: unpickling(ast.parse(path.read_text(encoding="utf-8"))) for path in paths}
+    faults = {path: unpickling(parsed(path.read_text(encoding="utf-8"))) for path in paths}
     assert {path: found for path, found in faults.items() if found} == {}
 
 
@@ -251,7 +257,7 @@ def test_the_map_lists_every_module() -> None:
 def test_no_test_module_imports_from_another() -> None:
     faults = []
     for path in (ROOT / "tests").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom):
                 names = [f"{node.module}.{alias.name}" for alias in node.names]
             elif isinstance(node, ast.Import):
