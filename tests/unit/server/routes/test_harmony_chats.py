@@ -14,6 +14,7 @@ from models.tokenizer import Tokenizer
 from server.service import Service
 from tests.support.app import server
 from tests.support.harmony_model import write_harmony_tokenizer
+from tests.support.profiles import only_in_all
 from tests.support.responses import ask_both_ways, run_scripted
 from tests.support.scripted import ScriptedClient
 
@@ -224,31 +225,38 @@ def test_a_token_is_part_of_the_message_whose_first_space_it_has(harmony: Path) 
     run_scripted(harmony, f"{TWICE} the{NEXT}{TWICE} the", test)
 
 
-@pytest.mark.parametrize("size", [1, 2, 5, 1000])
+STOPS = [
+    (FINAL, "final", None),
+    (FINAL, "assistant", None),
+    (FINAL, "<|message|>", None),
+    (FINAL, "asks", None),
+    (FINAL, ".G", None),
+    (FINAL, "ßer", "Grö"),
+    (FINAL, ", n.", "Größer"),
+    (f"{TWICE}\n a", "\n", None),
+    (f"{TWICE}my final{NEXT}{TWICE}b", "final", "my "),
+    (f"{TWICE}my fin{NEXT}{TWICE}al", "final", None),
+    (f"{TWICE}a{NEXT}{TWICE}\nb", "\n\n", "a"),
+    (f"{TWICE}ab{NEXT}{TWICE}cd", "b\n\nc", "a"),
+    (f"{TWICE}ab{NEXT}{THINKS_AGAIN}{NEXT}{TWICE}cd", "bc", "a"),
+    ("to=5 is", "5", "to="),
+    ("assistant", "sis", "as"),
+]
+"""Texts, stop strings, and the content that comes before one, or None: it matches nothing."""
+
+
 @pytest.mark.parametrize(
-    ("text", "stop", "content"),
+    ("size", "text", "stop", "content"),
     [
-        (FINAL, "final", None),
-        (FINAL, "assistant", None),
-        (FINAL, "<|message|>", None),
-        (FINAL, "asks", None),
-        (FINAL, ".G", None),
-        (FINAL, "ßer", "Grö"),
-        (FINAL, ", n.", "Größer"),
-        (f"{TWICE}\n a", "\n", None),
-        (f"{TWICE}my final{NEXT}{TWICE}b", "final", "my "),
-        (f"{TWICE}my fin{NEXT}{TWICE}al", "final", None),
-        (f"{TWICE}a{NEXT}{TWICE}\nb", "\n\n", "a"),
-        (f"{TWICE}ab{NEXT}{TWICE}cd", "b\n\nc", "a"),
-        (f"{TWICE}ab{NEXT}{THINKS_AGAIN}{NEXT}{TWICE}cd", "bc", "a"),
-        ("to=5 is", "5", "to="),
-        ("assistant", "sis", "as"),
+        (size, *each) if size in (1, (2, 5, 1000)[number % 3]) else only_in_all(size, *each)
+        for number, each in enumerate(STOPS)
+        for size in (1, 2, 5, 1000)
     ],
 )
 def test_stop_strings_match_what_the_client_sees(
     harmony: Path, text: str, stop: str, content: str | None, size: int
 ) -> None:
-    """None: they match nothing."""
+    """size: tokens that come at once."""
     free, _, _ = chat(harmony, text, size)
     for include in (False, True):
         fields = {"stop": stop, "include_stop_str_in_output": include}
