@@ -162,6 +162,16 @@ class DecoderModel(Module):
                 for kind, (cos, sin) in self._rotary.items()
             }
 
+    def with_positions(self, count: int) -> Self:
+        """Return a model that shares all with this one, and rotates as one that serves only the first `count`
+        positions; itself, where their number makes no difference."""
+        if count >= self.max_positions or not any(kind and kind.depends_on_length for kind in self._rotary):
+            return self
+        other = copy.copy(self)
+        other._twin = ()
+        other.limit_positions(count)
+        return other
+
     def with_layers(self, layers: Sequence[int]) -> DecoderModel:
         """Return a model of only these layers, in this order, that shares their weights. The KV of each stays in the
         pool where it was: that of sliding layers, even if no others are left."""

@@ -92,7 +92,9 @@ class Worker:
         resolved = size_pool(config, resolved, model, group, draft=draft.model)
         assert resolved.num_pages is not None
         length = resolved.max_model_len
-        if not is_shared:
+        if is_shared:
+            model = model.with_positions(length)
+        else:
             model.limit_positions(length)  # it is loaded before the devices' memory decides on the length
         if draft.model is not None:
             draft.model.limit_positions(length)

@@ -138,6 +138,7 @@ class ThreadRanks:
             assert config.max_model_len
             model = self.model(rank)
             model = model.keeping_all_kv(grouped(config, model.config).keeps_all_kv)
+            model = model.with_positions(config.max_model_len)
             draft_group = self._draft_groups[rank] if rank < len(self._draft_groups) else None
             self.workers[rank] = worker = Worker(
                 model,

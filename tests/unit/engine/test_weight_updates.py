@@ -21,6 +21,7 @@ from engine.ranks.resident_weights import WeightsRefused
 from models.loader import load_model
 from parallel.group import Group
 from parallel.matrix_layer import WeightChoice
+from tests.support.architecture_variants import VARIANTS, write_variant
 from tests.support.engines import TINY, complete, run, tokens
 from tests.support.profiles import is_all, only_in_all
 from tests.support.ranks import DRAFT, settings, write_random_model
@@ -293,6 +294,24 @@ def test_a_loaded_model_keeps_its_formats(folders: Path) -> None:
     assert slept.stats().weights == formats == {"target": "int4 and int8", "drafts": "int8"}
     assert rows(slept) == before
     slept.close()
+
+
+def test_a_loaded_model_rotates_by_the_length_that_is_served(tmp_path: Path) -> None:
+    """As one does that is loaded for this length, at start and after sleep."""
+    write_variant(VARIANTS["internlm3"], tmp_path)
+    model = load_model(tmp_path, dtype=torch.float64, device=CPU, group=Group.single(), progress=False)
+    length = 128
+    assert model.config.rope.original_max_positions < length < model.max_positions
+    fresh = start(tmp_path, max_model_len=length)
+    config = EngineConfig.model_validate(settings(3, model=str(tmp_path), max_model_len=length))
+    slept = Engine(config, model=model)
+    assert rows(slept) == (expected := rows(fresh))
+    slept.sleep()
+    slept.wake_up()
+    assert rows(slept) == expected
+    assert model.max_positions == 192  # other engines may share it
+    for each in (fresh, slept):
+        each.close()
 
 
 def test_a_pause_outlasts_sleep(engine: Starter, folders: Path) -> None:
