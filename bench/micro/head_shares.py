@@ -52,7 +52,10 @@ class _Measuring:
         grouped = q.float().view(len(q), len(keys), -1, q.shape[-1])  # [n, kv_heads, group, head_dim]
         scores = torch.einsum("nhgd,hld->nhgl", grouped, keys) * scale
         place, last = torch.arange(length, device=q.device), self._sampled[:, None, None, None]
-        weights = scores.masked_fill_(place > last, float("-inf")).softmax(-1)
+        total = scores.masked_fill_(place > last, float("-inf")).logsumexp(-1)
+        if layer.sinks is not None:
+            total = torch.logaddexp(total, layer.sinks.float().view(len(keys), -1))
+        weights = torch.exp(scores - total[..., None])
         outside = (place >= self._sink) & (place <= last - self._window)
         return (weights * outside).sum(-1).double().mean(-1).sum(0)
 

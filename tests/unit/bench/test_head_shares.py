@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -34,6 +36,18 @@ def test_a_head_that_looks_everywhere_alike() -> None:
     assert after.shares[0][1] == pytest.approx(expected, abs=1e-5)
     assert after.shares[0][0] == pytest.approx(before.shares[0][0], abs=1e-9)
     assert before.shares[0][1] != pytest.approx(expected, abs=1e-3)
+
+
+def test_sinks_take_a_share() -> None:
+    """Zero keys and a sink as heavy as 100 of them: a query's share outside has as many more slots to divide by."""
+    model = tiny_model(config=replace(TINY, has_sinks=True))
+    weights = tensors_of(model)
+    weights["model.layers.0.self_attn.k_proj.weight"].zero_()
+    weights["model.layers.0.self_attn.sinks"].fill_(math.log(100))
+    found = measure(model, [prompt_of(CONTEXT, 1)], sink=SINK, window=WINDOW)
+    positions = torch.linspace(SINK + WINDOW, CONTEXT - 1, 64, dtype=torch.float64).long()
+    expected = float(((positions - WINDOW + 1 - SINK) / (positions + 1 + 100)).mean())
+    assert found.shares[0] == pytest.approx([expected] * TINY.num_kv_heads, abs=1e-5)
 
 
 def test_a_longer_window_leaves_less_outside() -> None:
