@@ -183,9 +183,9 @@ def served_positions(data: Json, max_positions: int) -> tuple[int, list[str]]:
     than config.json promises, or are rotated otherwise than by transformers.
 
     data: content of config.json. max_positions: its max_position_embeddings. Linear scaling multiplies the positions:
-    max_position_embeddings is the number before it, as transformers documents and vLLM reads it. So it is of dynamic
-    scaling, which has no limit of its own, and is served up to `factor` times these positions, as by vLLM. YaRN
-    multiplies the original ones, where these are stated.
+    max_position_embeddings is the number before it, as transformers documents and vLLM reads it. Dynamic scaling, too,
+    begins at that number; it has no limit of its own, and is served up to `factor` times as many positions, as by vLLM,
+    and never up to fewer. YaRN multiplies the original ones, where these are stated.
     """
     _, rope = _scaling(data)
     kind, warnings = _kind(rope), []
@@ -199,7 +199,7 @@ def served_positions(data: Json, max_positions: int) -> tuple[int, list[str]]:
             f"rope_type longrope: texts of up to {original} tokens are rotated by long_factor, like longer ones, and "
             f"by short_factor only where max_model_len is at most {original}; transformers decides by the text"
         )
-    if kind == "dynamic" and (original := max_positions) < (max_positions := _multiplied(original, rope)):
+    if kind == "dynamic" and (original := max_positions) < (max_positions := max(original, _multiplied(original, rope))):
         warnings.append(
             f"rope_type dynamic: all texts are rotated as one of max_model_len tokens is, and as without scaling only "
             f"where max_model_len is at most {original}; transformers decides by the text"

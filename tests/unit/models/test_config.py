@@ -214,6 +214,7 @@ def test_biases_by_family() -> None:
         ({"rope_scaling": LLAMA["rope_scaling"]}, 512, None),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, 2048, "rope_type dynamic: all texts .* at most 512;"),
         ({"rope_scaling": {"type": "dynamic", "factor": 1.0}}, 512, None),
+        ({"rope_scaling": {"type": "dynamic", "factor": 0.5}}, 512, None),
         ({"dual_chunk_attention_config": {"chunk_size": 400, "local_size": 80}}, 320, "served up to 320 tokens"),
         ({"dual_chunk_attention_config": {"chunk_size": 4000, "local_size": 80}}, 512, None),
         (
