@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class VoteCase:
     """Sizes of a batch. rows: queries, slots before them, and the voters of each. per_head: lists per KV head. unit:
-    slots that share a vote. shared: whether all rows list the same pages. sinks: whether layers have
-    some."""
+    slots that share a vote. shared: whether all rows list the same pages. sinks: whether layers have some."""
 
     rows: tuple[tuple[int, int, tuple[int, int]], ...]
     page_size: int
