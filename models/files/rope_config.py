@@ -199,11 +199,12 @@ def served_positions(data: Json, max_positions: int) -> tuple[int, list[str]]:
             f"rope_type longrope: texts of up to {original} tokens are rotated by long_factor, like longer ones, and "
             f"by short_factor only where max_model_len is at most {original}; transformers decides by the text"
         )
-    if kind == "dynamic" and (original := max_positions) < (max_positions := max(original, _multiplied(original, rope))):
+    if kind == "dynamic" and (longer := _multiplied(max_positions, rope)) > max_positions:
         warnings.append(
             f"rope_type dynamic: all texts are rotated as one of max_model_len tokens is, and as without scaling only "
-            f"where max_model_len is at most {original}; transformers decides by the text"
+            f"where max_model_len is at most {max_positions}; transformers decides by the text"
         )
+        max_positions = longer
     if chunks := data.get("dual_chunk_attention_config"):
         if not isinstance(chunks, dict):
             raise ModelError("dual_chunk_attention_config is not an object")
