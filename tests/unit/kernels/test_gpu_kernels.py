@@ -281,6 +281,17 @@ def test_attention(
     torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-4)
 
 
+def test_sinks_count_once_in_a_list_that_is_cut() -> None:
+    torch.manual_seed(0)
+    layer, q = draw_sinks(pool(31, 2, 16, 16, torch.float32), 4), randn(2, 4, 16)
+    batch = AttentionBatch([2], [300], torch.randint(31, (1, 19)).to(DEVICE))
+    oracle, backend = ReferenceAttention(16), GpuAttention(64)
+    oracle.plan(batch)
+    backend.plan(batch)
+    for found, expected in zip(backend.run(layer, q, 0.25), oracle.run(layer, q, 0.25), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_attention_from_lengths_on_the_device() -> None:
     """The host has only the shapes of the batch, not its lengths."""
     torch.manual_seed(0)
