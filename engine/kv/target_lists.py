@@ -13,7 +13,7 @@ from engine.batch.row_state import RowState
 from engine.config.target_reading import TargetQuestConfig
 from engine.kv.page_choice import ListLayout
 from kernels.attention.base import AttentionBackend, AttentionBatch
-from kernels.attention.reference_attention import add_sinks
+from kernels.attention.shared_reading import merge_sinks
 from kernels.kv.kv_pool import LayerKV
 from kernels.ragged import Ints, ragged_arange
 from kernels.transfer import send_all
@@ -157,4 +157,6 @@ class GroupAttention:
         if self._order is not None:
             out, lse = (torch.empty_like(each).index_copy_(0, self._order, each) for each in (out, lse))
         out, lse = out.view(q.shape), lse.view(q.shape[:2])
-        return (out, lse) if layer.sinks is None else add_sinks(out, lse, layer.sinks)
+        if layer.sinks is not None:
+            merge_sinks(out, lse, layer.sinks)
+        return out, lse

@@ -174,12 +174,3 @@ def merge_segments(outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, T
     merged = sum(w[..., None] * o.to(w.dtype) for w, o in zip(weights, outputs, strict=True))
     assert isinstance(merged, Tensor)
     return merged.to(outputs[0].dtype), total
-
-
-def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """Add a layer's sinks to attention without them: a segment of one slot per head, whose value is zero.
-
-    out: [tokens, heads, head_dim]. lse: [tokens, heads]. sinks: [heads]. Returns the same, with them.
-    """
-    total = torch.logaddexp(lse, sinks.to(lse.dtype))
-    return (out.to(lse.dtype) * torch.exp(lse - total)[..., None]).to(out.dtype), total

@@ -113,8 +113,8 @@ def merge_prefixes(out: Tensor, lse: Tensor, places: Tensor, of_prefixes: Tensor
     lse.copy_(torch.where(has[:, None], total, lse))
 
 
-def merge_sinks(merge: MergePrefixes, out: Tensor, lse: Tensor, sinks: Tensor) -> None:
+def merge_sinks(out: Tensor, lse: Tensor, sinks: Tensor, merge: MergePrefixes = merge_prefixes) -> None:
     """Merge a layer's sinks into attention without them, in place: a segment of one slot per head, whose value is zero,
-    which all queries share. out, lse: see merge_prefixes. sinks: [heads] float32."""
+    which all queries share. out, lse: see merge_prefixes. sinks: [heads] in lse's dtype."""
     places = torch.zeros(len(out), dtype=torch.int64, device=out.device)
     merge(out, lse, places, out.new_zeros(1, *out.shape[1:]), sinks[None])

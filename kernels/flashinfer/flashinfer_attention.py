@@ -155,7 +155,7 @@ class FlashInferAttention:
         if self._prefixes is not None:
             self._add_prefixes(self._prefixes, pool, all_q, out, lse)
         if layer.sinks is not None:
-            merge_sinks(self._merge, out, lse, layer.sinks)
+            merge_sinks(out, lse, layer.sinks, self._merge)
         if self._votes is not None:
             self._votes.count(layer, all_q, scale, lse)
         return out, lse

@@ -190,7 +190,7 @@ class FlashInferGraphAttention:
         if self._prefixes is not None:
             self._merge(out, lse, self._prefixes.places, *self._prefixes.run(pool, all_q))
         if layer.sinks is not None:
-            merge_sinks(self._merge, out, lse, layer.sinks)
+            merge_sinks(out, lse, layer.sinks, self._merge)
         if self._votes is not None:
             self._votes.count(layer, all_q, scale, lse)
         return out, lse
