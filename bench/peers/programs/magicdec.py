@@ -24,6 +24,8 @@ class Peer:
         self._waiting: set[int] = set()
         self._prompts: Sequence[Sequence[int]] = []
         self._temperature = 0.0
+        self.plain = False
+        """Whether rounds have no drafts."""
         self.max_batch = None
         gamma = self._config.speculation.gamma
         self.about = f"magicdec, {self._formats()}, gamma {gamma}, {threads_per_rank(self._config)} threads"
@@ -96,7 +98,9 @@ class Peer:
         assert self._engine is not None
         if not self._engine.has_work():
             raise RuntimeError("all rows are at their end")
-        self._controller.gamma = 0 if self._waiting else "auto"  # auto: as the config says, from make_controller
+        self._controller.gamma = (
+            0 if self._waiting or self.plain else "auto"
+        )  # auto: as the config says, from make_controller
         outputs = self._engine.step()
         if failed := [output.error for output in outputs if output.error is not None]:
             raise RuntimeError(failed[0])

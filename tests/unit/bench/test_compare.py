@@ -13,11 +13,12 @@ import pytest
 
 from bench.corpus import BenchError
 from bench.machine import CpuQuota
-from bench.peers.compare import run, same_tokens
+from bench.peers.compare import run
 from bench.peers.compare_plan import ChatShape, Plan, parse_points, parse_temperatures
 from bench.peers.compare_report import table
 from bench.peers.contenders import Peer, choose, variant
 from bench.peers.install import PeerError, environment, requirements
+from bench.peers.measure import same_tokens
 from bench.peers.process import PeerProcess
 from tests.support.engines import TINY
 
