@@ -31,7 +31,7 @@ from engine.scheduler.scheduler import Scheduler
 from engine.scheduler.sliding_pages import make_sliding_pages
 from engine.scheduler.stats import StatsRecorder
 from engine.scheduler.validation import check_fields
-from engine.worker.controllers import draft_tokens_read, make_controller, make_request_ngrams, target_tokens_read
+from engine.worker.controllers import draft_reads, make_controller, make_request_ngrams, target_tokens_read
 from engine.worker.profiler import Profiler
 from engine.worker.resolve import resolve
 from engine.worker.start_log import log_started
@@ -179,16 +179,15 @@ class Engine:
         )
 
     def _make_stats(self, controller: Controller) -> StatsRecorder:
-        config = self._config
+        config, drafting = self._config, self._config.speculation.by_drafter.values()
         return StatsRecorder(
             pages_total=self._worker.num_pages,
             page_size=config.cache.page_size,
             bytes_per_token=self._resolved.kv_token_bytes,
             gamma_max=controller.gamma_max,
-            draft_tokens_read=draft_tokens_read(config) if controller.gamma_max else lambda context, budget: 0,
-            policy=config.speculation.kv.policy if config.speculation.max_model_drafts else "",
-            draft_pages_per_row=config.speculation.kv_state(config.cache.page_size).pages,
-            drafts_share=config.speculation.drafts_share,
+            draft_reads=draft_reads(config),
+            policy=" and ".join(dict.fromkeys(each.kv.policy for each in drafting)),
+            draft_pages_per_row=sum(each.kv_state(config.cache.page_size).pages for each in drafting),
             target_tokens_read=target_tokens_read(config, self._resolved.shape),
             target_kv=config.target_kv.summary if config.target_kv else None,
             kv_format=config.cache.format,
@@ -332,11 +331,11 @@ class Engine:
     def _commit(self, plan: RoundPlan, requests: list[Request], result: RoundResult) -> list[RequestOutput]:
         self._stats.record_plan(plan, requests, self._scheduler.shared_tokens)
         outputs = []
-        for request, tokens, row, failure, from_text in self._scheduler.commit(plan, requests, result):
+        for request, tokens, row, failure, origin in self._scheduler.commit(plan, requests, result):
             drafted, accepted = (row.drafted, min(row.accepted, len(tokens))) if row else (0, 0)
-            self._stats.record_row(request, drafted, accepted, len(tokens), from_text)
+            self._stats.record_row(request, drafted, accepted, len(tokens), origin)
             if failure is None or tokens:
-                outputs.append(make_output(request, tokens, row, from_text))
+                outputs.append(make_output(request, tokens, row, origin))
             if failure is not None:
                 outputs.append(failed_output(request, failure))
         return outputs

@@ -107,6 +107,8 @@ class RequestOutput(msgspec.Struct, omit_defaults=True):
     """In this round: number of tokens that the draft proposed, and number of `tokens`, the first ones, among them."""
     from_text: int = 0
     """Those of the drafted tokens, the first ones, that were found in text."""
+    by_model: bool = False
+    """Whether a draft model drafted the others; else the target itself."""
     finish_reason: str | None = None
     stop_reason: int | None = None
     """The token id that ended the request, unless it was the model's own end-of-sequence token."""
@@ -181,6 +183,10 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
     text_draft_tokens: int = 0
     """Those of the drafted tokens that were found in text."""
     text_accepted_tokens: int = 0
+    """Those of them that were accepted."""
+    model_draft_tokens: int = 0
+    """Those of the drafted tokens that a draft model made. The target itself made the rest."""
+    model_accepted_tokens: int = 0
     """Those of them that were accepted."""
     kv_tokens_read: int = 0
     """KV tokens (one token = all heads, and all layers that do not slide beside others) read by draft and verify passes

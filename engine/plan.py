@@ -3,13 +3,15 @@ a plan contains only changes to their row state."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
 from engine.messages import PromptLogprobs, TokenLogprobs
 from engine.params import SamplingParams
 
+DrafterName = Literal["self", "model"]
+"""A model that drafts: the target itself, or a smaller one."""
 WeightAction = Literal["check", "load", "build", "release"]
 
 
@@ -65,6 +67,17 @@ class RowWork(msgspec.Struct, array_like=True):
         return self.gamma - len(self.proposed)
 
 
+class DraftOrigin(NamedTuple):
+    """Where a row's drafts of a round come from. from_text: number of them, the first ones, that were found in text.
+    by_model: whether a draft model made the others; else the target itself."""
+
+    from_text: int = 0
+    by_model: bool = False
+
+
+NO_DRAFTS = DraftOrigin()
+
+
 class RoundPlan(msgspec.Struct, tag="round", omit_defaults=True):
     """Plan of one round. `work` is ordered by falling `model_drafts`, so that the rows of each draft step are a
     prefix."""
@@ -75,6 +88,8 @@ class RoundPlan(msgspec.Struct, tag="round", omit_defaults=True):
     work: list[RowWork]
     budget: int = 0
     """KV tokens that draft steps of this round read per row, if that number can be chosen; 0: as configured."""
+    drafter: DrafterName | None = None
+    """The model that makes the round's drafts, if there are two; None: the only one, or the draft model."""
     clear: list[int] = []
     """Pages to fill with zeros before the round, and those of the same ids in the pool of sliding layers."""
     audit: list[int] = []

@@ -9,8 +9,9 @@ import math
 from dataclasses import dataclass, replace
 
 from engine.config.deployment import SchedulerConfig
-from engine.config.kv import AllConfig, DrafterName, KVState
+from engine.config.kv import AllConfig, KVState
 from engine.config.speculation import SpeculationConfig
+from engine.plan import DrafterName
 from kernels.kv.kv_bits import KV_BITS
 from kernels.weights.weight_bits import EXPERTS_ALONE
 from models.shapes import find_shape, rank_matrix_bytes, rank_weight_bytes, window_pages_per_row

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.config.deployment import CacheConfig
-from engine.config.kv import DrafterName, KVConfig, KVState, QuestConfig
+from engine.config.kv import KVConfig, KVState, QuestConfig
 from engine.config.speculation import SpeculationConfig
+from engine.plan import DrafterName
 from kernels.kv.kv_bits import KV_BITS
 from models.shapes import kv_heads_per_rank
 from planner.cost_model import Choosing, acceptance_for

@@ -104,7 +104,7 @@ class Host:
         with parts.time("commit"):
             committed = self._scheduler.commit(plan, requests, RoundResult(plan.number, results, 0.0, 0.0))
         with parts.time("build outputs"):
-            outputs = [make_output(request, new, row) for request, new, row, _, _ in committed]
+            outputs = [make_output(request, new, row, origin) for request, new, row, _, origin in committed]
         with parts.time("encode outputs"):
             self._encoder.encode(outputs)
 

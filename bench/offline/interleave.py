@@ -17,7 +17,7 @@ from engine.messages import AddRequest, EngineStats, RequestOutput
 from engine.ngram.ngram_drafts import Proposal
 from engine.params import SamplingParams
 from engine.plan import RoundPlan, RoundResult
-from engine.scheduler.controller import Controller, ControllerReport, FixedGamma, RowDrafts
+from engine.scheduler.controller import Controller, ControllerReport, FixedGamma, RowDrafts, Way
 from engine.scheduler.request import Request
 from models.decoder import DecoderModel
 
@@ -43,7 +43,7 @@ class InterleavedController:
         self.gamma: Gamma = 0
         self.auto: Controller = FixedGamma(gamma_max)
         self.report = ControllerReport()
-        self.budget = 0
+        self.way = Way()
 
     @property
     def gamma_max(self) -> int:
@@ -57,9 +57,9 @@ class InterleavedController:
     ) -> list[RowDrafts]:
         if self.gamma == "auto":
             drafts = self.auto.choose(rows, shared_tokens, proposals)
-            self.budget = self.auto.budget
+            self.way = self.auto.way
             return drafts
-        self.budget = 0
+        self.way = Way()
         return FixedGamma(self.gamma, model=self._model).choose(rows, shared_tokens, proposals)
 
     def observe(self, plan: RoundPlan, requests: Sequence[Request], result: RoundResult) -> None:

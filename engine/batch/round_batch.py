@@ -42,7 +42,7 @@ class RoundBatch:
     latest: host, [rows] bool, as in RowWork.
     num_proposed: host, [rows], number of drafts that the plan contains; a model drafts after them.
     max_steps: largest number of drafts that a model makes for a row: of forwards that draft.
-    budget: see RoundPlan.
+    budget, drafter: see RoundPlan.
     samples: the positions that the round samples: of each sampling row its drafts' and one more.
     gamma_device: [rows] int64, gamma on the device.
     row_spans: [rows, 4] int64 on the device, the values of each row that acceptance and commit use:
@@ -60,7 +60,7 @@ class RoundBatch:
         """state: with the plan applied."""
         work: list[RowWork] = plan.work
         self.state = state
-        self.budget = plan.budget
+        self.budget, self.drafter = plan.budget, plan.drafter
         self.row = np.array([item.row for item in work], dtype=np.int64)
         self.computed = np.array([item.computed for item in work], dtype=np.int64)
         self.new = np.array([item.new for item in work], dtype=np.int64)

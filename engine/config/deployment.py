@@ -17,6 +17,7 @@ from engine.config.settings import Positive, Settings
 from engine.config.speculation import SpeculationConfig
 from engine.config.target_reading import TargetQuestConfig
 from engine.logs import LogFormat
+from engine.plan import DrafterName
 from kernels.kv.kv_bits import KV_BITS, KVBits
 
 
@@ -128,6 +129,12 @@ class EngineConfig(Settings):
     check_invariants: bool = False
     """Check after every round, not only when idle, that owned pages + free pages = total pages."""
 
+    @property
+    def by_drafter(self) -> dict[DrafterName, Self]:
+        """This config for each model that drafts, as if it were the only one (SpeculationConfig.by_drafter)."""
+        found = self.speculation.by_drafter
+        return {name: self.model_copy(update={"speculation": each}) for name, each in found.items()}
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         self.speculation.check(self.cache.page_size, self.tensor_parallel_size)
@@ -135,11 +142,12 @@ class EngineConfig(Settings):
             if self.cache.seals:
                 raise ValueError(f"target_kv: a target reads all of its KV with cache.format {self.cache.format}")
             self.target_kv.check_target(self.cache.page_size)
-            if self.speculation.max_model_drafts and self.speculation.kv.counts_votes:
-                raise ValueError(
-                    f"speculation.kv: {self.speculation.kv.policy} chooses by what the target reads, which is all KV "
-                    "only without target_kv"
-                )
+            for each in self.speculation.by_drafter.values():
+                if each.kv.counts_votes:
+                    raise ValueError(
+                        f"speculation.kv: {each.kv.policy} chooses by what the target reads, which is all KV only "
+                        "without target_kv"
+                    )
         rows, tokens = self.scheduler.max_rows, self.scheduler.max_batch_tokens
         if tokens <= rows:
             raise ValueError(

@@ -8,8 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from engine.config.settings import Positive, Settings
-
-DrafterName = Literal["self", "model"]
+from engine.plan import DrafterName
 
 _RESELECT = 32
 """Default of `SnapKVConfig.reselect` for self-speculation. Without reselection, a draft could no longer read generated

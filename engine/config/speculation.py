@@ -6,8 +6,9 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
-from engine.config.kv import DrafterName, KVConfig, KVState, WindowConfig
+from engine.config.kv import KVConfig, KVState, WindowConfig
 from engine.config.settings import Positive, Settings
+from engine.plan import DrafterName
 
 Source = Literal["self", "model", "ngram", "together"]
 Drafter = Literal["auto", Source]
@@ -24,8 +25,10 @@ class SpeculationConfig(Settings):
     """Largest number of drafts that auto chooses for a row if a model makes some of them."""
     drafter: Drafter = "auto"
     """Where drafts come from. self: the target itself, with sparse KV. model: a smaller model with the same vocabulary.
-    ngram: the text, prompt and output of the request and `store`: what followed the same tokens there. together: the
-    text, and the target or, if `model` is set, the draft model, as each row gains most. auto: see `source`."""
+    ngram: the text, prompt and output of the request and `store`: what followed the same tokens there. together: all
+    of them that there are. Each row drafts from the text and from a model as it gains most, and each round has the
+    model that it gains most from, the target or the draft model; a fixed `gamma` leaves that choice to the draft model,
+    if there is one. auto: see `source`."""
     model: str | None = None
     """Directory of the draft model, if there is one."""
     ngram_gamma_max: Annotated[int, Field(ge=1, le=16)] = 16
@@ -43,6 +46,9 @@ class SpeculationConfig(Settings):
     at the rows that drafts have; same if that is dense, and on plain torch."""
     kv: KVConfig = WindowConfig()
     """KV policy of drafts: the KV that they read."""
+    self_kv: KVConfig | None = None
+    """KV policy of the target's own drafts where it drafts beside a draft model, whose policy is `kv`. None: a window
+    of the same budget."""
 
     @property
     def source(self) -> Source:
@@ -61,8 +67,20 @@ class SpeculationConfig(Settings):
 
     @property
     def drafting_model(self) -> DrafterName:
-        """Model that drafts, if one does (`max_model_drafts`): the target itself, or a smaller one."""
+        """Model that drafts, if one does (`max_model_drafts`): the target itself, or a smaller one. Of two, the
+        smaller."""
         return "model" if self.source == "model" or self.model is not None else "self"
+
+    @property
+    def by_drafter(self) -> dict[DrafterName, SpeculationConfig]:
+        """Settings of each model that drafts, as if it were the only one. Of two, each round has one."""
+        if not self.max_model_drafts:
+            return {}
+        mine = {self.drafting_model: self}
+        if self.source == "together" and self.model is not None and self.gamma == "auto":
+            alone = {"model": None, "tensor_parallel_size": None, "kv": self.self_kv or self._own_window}
+            mine["self"] = self.model_copy(update=alone)
+        return mine
 
     @property
     def searches_text(self) -> bool:
@@ -72,6 +90,10 @@ class SpeculationConfig(Settings):
     def draft_ranks(self, ranks: int) -> int:
         """Return the number of the target's ranks that share the draft model; 0: there is none."""
         return 0 if self.draft_model is None else self.tensor_parallel_size or ranks
+
+    @property
+    def _own_window(self) -> WindowConfig:
+        return WindowConfig() if self.kv.budget is None else WindowConfig(budget=self.kv.budget)
 
     @property
     def max_model_drafts(self) -> int:
@@ -108,7 +130,7 @@ class SpeculationConfig(Settings):
     @property
     def num_uncached_tokens(self) -> int:
         """Number of tokens at its end that a new row must compute itself."""
-        return self.kv.num_uncached_tokens if self.max_model_drafts else 1
+        return max((each.kv.num_uncached_tokens for each in self.by_drafter.values()), default=1)
 
     def kv_state(self, page_size: int) -> KVState:
         """Return the KV that drafts keep beside the pages of requests."""
@@ -129,8 +151,8 @@ class SpeculationConfig(Settings):
         """Whether something reads more than the window of a target whose layers all slide: pages that are sealed or
         have few bits are in one pool with all KV, drafts choose from it, and a draft model has pages beside it.
         kv_format: of the target's KV."""
-        chooses = self.max_model_drafts > 0 and self.drafting_model == "self" and not self.kv.fits_windows
-        return kv_format != "dense" or self.has_draft_pages or chooses
+        own = self.by_drafter.get("self")
+        return kv_format != "dense" or self.has_draft_pages or (own is not None and not own.kv.fits_windows)
 
     @property
     def drafts_share(self) -> bool:
@@ -142,8 +164,13 @@ class SpeculationConfig(Settings):
         if self.max_draft_tokens == 0:
             return
         self._check_drafter(ranks)
-        if self.max_model_drafts:
-            self.kv.check(page_size, self.drafting_model)
+        for name, each in self.by_drafter.items():
+            each.kv.check(page_size, name)
+        if self.self_kv is not None and len(self.by_drafter) < 2:
+            raise ValueError(
+                "speculation.self_kv is of a target that drafts beside a draft model (drafter: together, gamma: auto); "
+                "without one, use speculation.kv"
+            )
 
     def _check_drafter(self, ranks: int) -> None:
         if self.model is None and self.source == "model":

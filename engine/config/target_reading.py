@@ -6,8 +6,9 @@ from typing import Any
 
 from pydantic import model_validator
 
-from engine.config.kv import DrafterName, KVState, QuestConfig
+from engine.config.kv import KVState, QuestConfig
 from engine.config.settings import Positive
+from engine.plan import DrafterName
 
 
 class TargetQuestConfig(QuestConfig):

@@ -1,8 +1,9 @@
 """Controller that decides when to speculate, and how much (MagicDec, arXiv 2408.11049, section 3).
 
 Each round runs the option with the highest predicted tokens per second (engine.control.goodput): gamma per row, what
-its drafts read where a row may choose, and the budget where drafts can read with several. Plain decoding, gamma = 0, is
-always an option. Predictions start from the profile and are corrected by the times and the acceptance of real rounds.
+its drafts read where a row may choose, and the way to draft, which is a model and a budget, where there are several.
+Plain decoding, gamma = 0, is always an option. Predictions start from the profile and are corrected by the times and
+the acceptance of real rounds.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from itertools import accumulate
 from engine.control.acceptance import AcceptanceEstimates, Judged
 from engine.control.calibration import Calibration
 from engine.control.catch_up import CatchUp, only_smallest_lag
-from engine.control.goodput import Batch, Goodput, Option, Options, draft_bucket, verify_bucket
-from engine.control.step_times import StepTimes
+from engine.control.drafting_model import DraftingModel
+from engine.control.goodput import Batch, Goodput, Option, Options, draft_bucket, draft_kind, verify_bucket
 from engine.control.text_acceptance import JudgedProposal, TextAcceptance
 from engine.control.text_options import TextChooser
 from engine.ngram.ngram_drafts import Proposal
 from engine.plan import RoundPlan, RoundResult
-from engine.scheduler.controller import ControllerReport, RowDrafts
+from engine.scheduler.controller import ControllerReport, RowDrafts, Way
 from engine.scheduler.request import Request
 
 _HYSTERESIS = 1.02
@@ -28,7 +29,7 @@ _HYSTERESIS = 1.02
 _EXPLORE = 0.01
 """Share of time that may be lost to exploring options that are not predicted to be best."""
 _EXPLORE_EVERY = 16
-"""Smallest number of rounds between two explorations, and between two comparisons of budgets."""
+"""Smallest number of rounds between two explorations, and between two comparisons of ways."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,41 +52,28 @@ class _Decision:
 class AutoGamma:
     """Controller that chooses gamma per round and row. Host-side, O(rows × gamma_max)."""
 
-    def __init__(
-        self,
-        times: StepTimes,
-        gamma_max: int,
-        budgets: Sequence[int],
-        tokens_read: int | None = None,
-        text_gamma_max: int = 0,
-        *,
-        reads_latest: bool = False,
-    ) -> None:
-        """times: of this engine. gamma_max, text_gamma_max: largest numbers of drafts per row that a model makes, and
-        that come from the text alone; 0: none do. budgets: KV tokens per row that drafts may read, the largest first;
-        (0,) if there is no choice. tokens_read: largest number that drafts read; None: the largest budget, or all
-        tokens if that is 0. reads_latest: whether rows choose what drafts read, see RowWork.latest.
+    def __init__(self, models: Sequence[DraftingModel], gamma_max: int, text_gamma_max: int = 0) -> None:
+        """models: those that a round's drafts may come from; the times of the first one's target are used without
+        drafts, too. gamma_max, text_gamma_max: largest numbers of drafts per row that a model makes, and that come from
+        the text alone; 0: none do.
         """
-        self._times = times
+        self._models = {model.name: model for model in models}
+        self._times = models[0].times
         self._model_gamma_max, self._gamma_max = gamma_max, max(gamma_max, text_gamma_max)
-        self._budgets = tuple(budgets)
         self._calibration = Calibration()
-        self._acceptance = AcceptanceEstimates(budgets[0], tokens_read or budgets[0])
         self._text, self._searches_text = TextAcceptance(), text_gamma_max > 0
         text = TextChooser(self._text, self._gamma_max, gamma_max) if text_gamma_max else None
-        self._goodput = Goodput(
-            times, self._calibration, self._acceptance, self._gamma_max, text, reads_latest=reads_latest
-        )
-        self._turns = len(self._budgets) + reads_latest  # kinds of explorations
+        self._goodput = {model.name: Goodput(model, self._calibration, self._gamma_max, text) for model in models}
+        self._ways = [Way(budget, model.name) for model in models for budget in model.budgets]
         self._catch_up = CatchUp()
         self._rounds = 0
         self._explorations = 0
         self._explored_at = 0
         self._explore_credit = 0.0  # seconds that explorations may lose
         # The current option; kept until another one is predicted to be clearly faster.
-        self._max_gamma, self._current_budget = 0, self._budgets[0]
+        self._max_gamma, self._current = 0, self._ways[0]
         self._pending: _Decision | None = None
-        self.budget = self._budgets[0]
+        self.way = self._current
         self.report = ControllerReport()
 
     @property
@@ -106,38 +94,52 @@ class AutoGamma:
         batch = Batch.from_requests(rows, self._model_gamma_max, shared_tokens, proposals)
         if self._searches_text:
             self._text.fade(row.id for row in rows)
-        options = self._goodput.options(batch, self._current_budget)
-        if self._rounds % _EXPLORE_EVERY == 0:
-            options = self._compare_budgets(batch, options)
-        drafting = batch
-        if any(request.needs_catch_up for request in rows):
-            saved = 1 / options.rates[0] - 1 / options.rates.max()
-            drafting = batch.limited(self._catch_up.worthwhile(rows, batch.limits, saved))
-            options = self._goodput.options(drafting, self._current_budget)
+        drafting, options = self._options(batch, self._current)
+        if self._rounds % _EXPLORE_EVERY == 0 and len(self._ways) > 1:
+            drafting, options = self._compare(batch, drafting, options)
         self._max_gamma = self._stay(options)
         best = options[self._max_gamma]
         chosen = self._explore(drafting, batch, options, best) or best
         self._pending = _Decision(batch, best, chosen, options.plain_s)
-        self.budget = chosen.budget
+        self.way = chosen.way
         return chosen.drafts
+
+    def _options(self, batch: Batch, way: Way) -> tuple[Batch, Options]:
+        """Return the options of a way, and the batch with its limits: rows on which a model would have to catch up, at
+        a cost that its drafts do not save, do not draft."""
+        options = self._goodput[way.drafter].options(batch, way.budget)
+        if not (self._models[way.drafter].has_own_kv and any(request.needs_catch_up for request in batch.rows)):
+            return batch, options
+        others = [self._goodput[other.drafter].options(batch, other.budget) for other in self._without_own_kv()]
+        otherwise = max([options.rates[0], *(other.rates.max() for other in others)])
+        saved = 1 / otherwise - 1 / options.rates.max()
+        limited = batch.limited(self._catch_up.worthwhile(batch.rows, batch.limits, saved))
+        return limited, self._goodput[way.drafter].options(limited, way.budget)
+
+    def _without_own_kv(self) -> list[Way]:
+        """Return the ways of models that never catch up."""
+        return [way for way in self._ways if not self._models[way.drafter].has_own_kv]
 
     def _stay(self, options: Options) -> int:
         """Return the best max_gamma, or the current one if that is about as good."""
         best, last = options.best, min(self._max_gamma, len(options) - 1)
         return last if options.rates[best] < _HYSTERESIS * options.rates[last] else best
 
-    def _compare_budgets(self, batch: Batch, options: Options) -> Options:
-        """Return the options with the budget of the highest predicted throughput."""
+    def _compare(self, batch: Batch, drafting: Batch, options: Options) -> tuple[Batch, Options]:
+        """Make the way of the highest predicted throughput the current one, and return its options as `_options` does.
+        drafting, options: those of the current way."""
         best = options.rates.max()
-        for budget in self._budgets:
-            others = self._goodput.options(batch, budget) if budget != self._current_budget else options
+        for way in self._ways:
+            if way == self._current:
+                continue
+            limited, others = self._options(batch, way)
             if others.rates.max() > _HYSTERESIS * best:
-                self._current_budget, options, best = budget, others, others.rates.max()
-        return options
+                self._current, drafting, options, best = way, limited, others, others.rates.max()
+        return drafting, options
 
     def _explore(self, drafting: Batch, batch: Batch, options: Options, best: Option) -> Option | None:
         """Return, at intervals, an option that is not predicted to be best: drafts when they are off, none when they
-        are on, another budget, the other reading of each row.
+        are on, another way, the other reading of each row.
 
         Times that are not measured go stale, and a batch that should speculate again would go undetected. Where a draft
         model lacks the tokens of all rows, it catches up on one row, a part with each exploration. This time is charged
@@ -145,9 +147,10 @@ class AutoGamma:
         """
         if self._rounds - self._explored_at < _EXPLORE_EVERY:
             return None
-        turn = self._explorations % self._turns
+        turns = len(self._ways) + self._models[self._current.drafter].reads_latest  # kinds of explorations
+        turn = self._explorations % turns
         self._explorations += 1
-        if self._tries_plain(best, options) and not turn:
+        if not turn and self._tries_plain(best, options, self._explorations // turns):
             candidates = [options.plain]
         else:
             candidates = self._other_options(drafting, batch, options, turn)
@@ -157,25 +160,30 @@ class AutoGamma:
         self._explored_at = self._rounds
         return candidates[losses.index(min(losses))]
 
-    def _tries_plain(self, best: Option, options: Options) -> bool:
-        """Whether an exploration is a plain round: where a model drafts, and by turns where only text is drafted."""
+    @staticmethod
+    def _tries_plain(best: Option, options: Options, number: int) -> bool:
+        """Whether an exploration is a plain round: where a model drafts, and by turns where only text is drafted.
+        number: of explorations of this kind."""
         if any(drafts.model for drafts in best.drafts):
             return True
         from_text = any(drafts.proposed for drafts in best.drafts)
-        return from_text and (len(options) == 1 or self._explorations // self._turns % 2 == 0)
+        return from_text and (len(options) == 1 or number % 2 == 0)
 
     def _other_options(self, drafting: Batch, batch: Batch, options: Options, turn: int) -> list[Option]:
-        """Return options in which a model drafts: with another budget or the other readings, if it is their turn."""
-        if turn == len(self._budgets):
-            options = self._goodput.options(drafting, self._current_budget, worse=True)
-        elif turn:
-            options = self._goodput.options(
-                drafting, [budget for budget in self._budgets if budget != self._current_budget][turn - 1]
-            )
-        elif batch.limits.any() and not drafting.limits.any():
-            options = self._goodput.options(
-                batch.limited(only_smallest_lag(batch.rows, batch.limits)), self._current_budget
-            )
+        """Return options in which a model drafts: in another way or with the other readings, if it is their turn."""
+        way = self._current
+        if turn == len(self._ways):
+            options = self._goodput[way.drafter].options(drafting, way.budget, worse=True)
+            return [options[max_gamma] for max_gamma in range(1, len(options))]
+        if turn:
+            way = [each for each in self._ways if each != self._current][turn - 1]
+            if way.drafter != self._current.drafter:
+                drafting, options = self._options(batch, way)
+            else:
+                options = self._goodput[way.drafter].options(drafting, way.budget)
+        if batch.limits.any() and not drafting.limits.any():
+            limits = only_smallest_lag(batch.rows, batch.limits)
+            options = self._goodput[way.drafter].options(batch.limited(limits), way.budget)
         return [options[max_gamma] for max_gamma in range(1, len(options))]
 
     # -- learning ----------------------------------------------------------------------------------------------------
@@ -199,9 +207,11 @@ class AutoGamma:
                 judged.append(Judged(request.id, work.computed + 1, accepted - proposed, rejected, work.latest))
             if request.finish_reason is not None:
                 ended.append(request.id)
-        self._acceptance.update(plan.budget, judged)
+        self._models[plan.drafter].acceptance.update(plan.budget, judged)
         self._text.update(from_text)
-        for estimates in (self._acceptance, self._text):
+        learnt: list[AcceptanceEstimates | TextAcceptance] = [self._text]
+        learnt += [model.acceptance for model in self._models.values()]
+        for estimates in learnt:
             for request_id in ended:
                 estimates.forget(request_id)
             estimates.retain((request.id for request in requests), beyond=6 * len(requests) + 1000)
@@ -226,14 +236,15 @@ class AutoGamma:
         kind = "verify" if mean else "plain"
         where = verify_bucket(batch, self._times, max(1, round(mean)) if mean else 0)
         self._calibration.update(kind, where, result.verify_seconds, predicted)
-        drafting = sum([batch.draft_seconds(self._times, plan.budget, rows) for rows in _rows_by_step(steps)])
-        where = draft_bucket(batch, self._times, plan.budget)
+        model, kind = self._models[plan.drafter], draft_kind(plan.drafter)
+        drafting = sum([batch.draft_seconds(model.times, plan.budget, rows) for rows in _rows_by_step(steps)])
+        where = draft_bucket(batch, model.times, plan.budget)
         mixed = any(work.proposed and work.model_drafts for work in plan.work)
         if caught_up:  # the time of the drafts alone is unknown
-            drafting *= self._calibration.factor("draft", where)
+            drafting *= self._calibration.factor(kind, where)
             self._catch_up.record(caught_up, result.draft_seconds - drafting)
         elif drafting and not mixed:  # else the model has computed drafts from the text too
-            self._calibration.update("draft", where, result.draft_seconds, drafting)
+            self._calibration.update(kind, where, result.draft_seconds, drafting)
         seconds = result.draft_seconds + result.verify_seconds
         self._charge(decision, seconds, seconds, tokens)
         plain, chosen = tokens / batch.count * decision.plain_s, decision.chosen
@@ -241,7 +252,7 @@ class AutoGamma:
         self.report.plain_seconds += plain
         self.report.forecast_seconds += plain * (chosen.seconds / chosen.tokens) / (decision.plain_s / batch.count)
         if self._model_gamma_max:
-            self.report.alpha = self._acceptance.mean(plan.budget)
+            self.report.alpha = model.acceptance.mean(plan.budget)
 
     def _charge(self, decision: _Decision, earned: float, seconds: float, tokens: float) -> None:
         """Earn credit for explorations, a share of `earned` seconds, and pay for this round of `seconds` and `tokens`

@@ -19,12 +19,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from engine.control.acceptance import AcceptanceEstimates, Reading
+from engine.control.acceptance import Reading
 from engine.control.calibration import Calibration
+from engine.control.drafting_model import DraftingModel
 from engine.control.step_times import StepTimes
 from engine.control.text_options import TextChooser
 from engine.ngram.ngram_drafts import Proposal
-from engine.scheduler.controller import RowDrafts
+from engine.plan import DrafterName
+from engine.scheduler.controller import RowDrafts, Way
 from engine.scheduler.request import Request
 from kernels.ragged import Ints
 
@@ -52,7 +54,7 @@ class Batch:
         self.count, self.total = len(rows), sum(self.contexts)
         self.shared = shared_tokens
         self.limits = limits
-        self._read: dict[int, tuple[float, float]] = {}
+        self._read: dict[tuple[StepTimes, int], tuple[float, float]] = {}
 
     @classmethod
     def from_requests(
@@ -68,10 +70,10 @@ class Batch:
 
     def draft_seconds(self, times: StepTimes, budget: int, rows: int) -> float:
         """Predict the seconds of a draft step of `rows` of these rows, before calibration."""
-        if budget not in self._read:
+        if (times, budget) not in self._read:
             shared = times.draft_shared(self.contexts, budget, self.shared)
-            self._read[budget] = times.read(self.contexts, budget), shared
-        read, shared = self._read[budget]
+            self._read[times, budget] = times.read(self.contexts, budget), shared
+        read, shared = self._read[times, budget]
         return times.draft(rows, read, shared * (rows - 1) / (self.count - 1) if rows > 1 else 0)
 
     def verify_seconds(self, times: StepTimes, gammas: Iterable[float]) -> list[float]:
@@ -84,7 +86,7 @@ class Option:
     """One option. drafts: per row. seconds, tokens: predicted, of the whole batch."""
 
     drafts: list[RowDrafts]
-    budget: int
+    way: Way
     seconds: float
     tokens: float
 
@@ -101,7 +103,7 @@ class Options:
     text before them; None: there are none. latest: [rows], see RowWork; None: of no row. plain_s: of a plain round.
     """
 
-    budget: int
+    way: Way
     seconds: Floats
     tokens: Floats
     rates: Floats
@@ -122,13 +124,13 @@ class Options:
             RowDrafts(text, model, late and model > 0)
             for text, model, late in zip(proposed, drafts, latest, strict=True)
         ]
-        return Option(rows, self.budget, seconds, tokens)
+        return Option(rows, self.way, seconds, tokens)
 
     @property
     def plain(self) -> Option:
         """Return the option without drafts."""
         count = self.drafts.shape[1]
-        return Option([RowDrafts()] * count, self.budget, self.plain_s, count)
+        return Option([RowDrafts()] * count, self.way, self.plain_s, count)
 
     @property
     def best(self) -> int:
@@ -137,36 +139,33 @@ class Options:
 
 
 class Goodput:
-    """Predictor of the options of one engine. O(rows × gamma_max) for a batch and a budget."""
+    """Predictor of the options that one model's drafts give an engine. O(rows × gamma_max) for a batch and a budget."""
 
     def __init__(
         self,
-        times: StepTimes,
+        model: DraftingModel,
         calibration: Calibration,
-        acceptance: AcceptanceEstimates,
         gamma_max: int,
         text: TextChooser | None = None,
-        *,
-        reads_latest: bool = False,
     ) -> None:
-        """gamma_max: largest number of drafts of a row, whoever makes them. text: drafts from the text, where it is
-        searched. reads_latest: whether each row chooses what its drafts read, see RowWork.latest."""
-        self._times = times
+        """model: the one that drafts. gamma_max: largest number of drafts of a row, whoever makes them. text: drafts
+        from the text, where it is searched."""
+        self._drafter, self._times = model.name, model.times
         self._calibration = calibration
-        self._acceptance = acceptance
+        self._acceptance = model.acceptance
         self._gamma_max = gamma_max
         self._steps = np.arange(1, gamma_max + 1)
-        self._text, self._reads_latest = text, reads_latest
+        self._text, self._reads_latest = text, model.reads_latest
 
     def options(self, batch: Batch, budget: int, *, worse: bool = False) -> Options:
         """Predict all options with one budget. worse: each row reads what is not best for it."""
-        count = batch.count
+        count, way = batch.count, Way(budget, self._drafter)
         longest = int(batch.limits.max(initial=0))
         verify = self._verify(batch)
         plain = np.array([verify[0]]), np.array([float(count)])
         if not longest:
             no_drafts = np.zeros((1, count), dtype=np.int64)
-            options = Options(budget, *plain, plain[1] / plain[0], no_drafts, verify[0])
+            options = Options(way, *plain, plain[1] / plain[0], no_drafts, verify[0])
             return self._with_text(options, batch, verify, (0.0, 0.0), np.zeros(count))
         first_row_s, further_row_s = self._draft(batch, budget)
         max_gammas = steps = self._steps[:longest]
@@ -199,7 +198,7 @@ class Goodput:
         round_seconds = np.concatenate([plain[0], np.where(better, round_seconds, even_seconds)])
         gammas = np.zeros((longest + 1, count), dtype=np.int64)
         gammas[1:] = np.where(better[:, None], worth.sum(2), np.minimum(max_gammas[:, None], batch.limits))
-        options = Options(budget, round_seconds, tokens, tokens / round_seconds, gammas, verify[0], None, latest)
+        options = Options(way, round_seconds, tokens, tokens / round_seconds, gammas, verify[0], None, latest)
         return self._with_text(options, batch, verify, (first_row_s, further_row_s), alphas)
 
     def _with_text(
@@ -212,7 +211,7 @@ class Goodput:
         work = self._text.choose(batch, verify, step_s, alphas, options.rates)
         better = work.rates > options.rates
         return Options(
-            options.budget,
+            options.way,
             np.where(better, work.seconds, options.seconds),
             np.where(better, work.tokens, options.tokens),
             np.where(better, work.rates, options.rates),
@@ -245,7 +244,7 @@ class Goodput:
 
     def _draft(self, batch: Batch, budget: int) -> tuple[float, float]:
         """Predict the seconds of a draft step: with one row, and for each further row."""
-        factor = self._calibration.factor("draft", draft_bucket(batch, self._times, budget))
+        factor = self._calibration.factor(draft_kind(self._drafter), draft_bucket(batch, self._times, budget))
         first_row_s = factor * batch.draft_seconds(self._times, budget, 1)
         if batch.count == 1:
             return first_row_s, 0.0
@@ -258,6 +257,11 @@ def verify_bucket(batch: Batch, times: StepTimes, gamma: int) -> tuple[int, int,
     plain steps."""
     tokens = times.effective_tokens(batch.count, batch.total, batch.shared, gamma)
     return batch.count.bit_length(), int(tokens).bit_length(), gamma
+
+
+def draft_kind(drafter: DrafterName | None) -> str:
+    """Return the kind of a model's draft steps for calibration."""
+    return f"drafts of {drafter}"
 
 
 def draft_bucket(batch: Batch, times: StepTimes, budget: int) -> tuple[int, int, int]:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from engine.plan import DrafterName
 from engine.scheduler.controller import shared_by_drafts
 
 
@@ -35,6 +36,8 @@ class StepSample(msgspec.Struct, frozen=True):
     shared: int = 0
     """KV tokens of the contexts that needed no reading, because another row listed the same pages."""
     from_text: bool = False
+    drafter: DrafterName | None = None
+    """See RoundPlan."""
 
 
 class _Line:
@@ -83,10 +86,16 @@ class StepTimes:
     """
 
     def __init__(
-        self, samples: Iterable[StepSample], tokens_read: Callable[[int, int], int], *, drafts_share: bool = True
+        self,
+        samples: Iterable[StepSample],
+        tokens_read: Callable[[int, int], int],
+        *,
+        drafts_share: bool = True,
+        drafter: DrafterName | None = None,
     ) -> None:
         """tokens_read: maps a row's tokens and a budget to the KV tokens that a draft step reads; budget 0: the
-        measured one. drafts_share: see KVSettings.shares_pages.
+        measured one. drafts_share: see KVSettings.shares_pages. drafter: the model whose draft steps count, as in
+        samples.
 
         Raises ValueError unless plain steps and drafts were both measured, of rows that share nothing.
         """
@@ -99,7 +108,7 @@ class StepTimes:
             _Plane(_Point(s.rows, s.rows * s.context, s.shared, s.verify_s) for s in listed if s.gamma == gamma)
             for gamma in self.gammas
         ]
-        drafted = [s for s in listed if s.gamma and not s.from_text]
+        drafted = [s for s in listed if s.gamma and not s.from_text and s.drafter == drafter]
         # Rows of one length: windows over them coincide where those of real rows would not, so they give no price.
         self._draft = _Plane(
             _Point(s.rows, s.rows * tokens_read(s.context, 0), s.shared, s.draft_s / s.gamma)

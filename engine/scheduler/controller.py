@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from engine.ngram.ngram_drafts import Proposal
-from engine.plan import RoundPlan, RoundResult
+from engine.plan import DrafterName, RoundPlan, RoundResult
 from engine.scheduler.request import Request
 
 
@@ -35,6 +35,21 @@ class RowDrafts(NamedTuple):
     latest: bool = False
 
 
+class Way(NamedTuple):
+    """How a model drafts in a round. budget, drafter: see RoundPlan."""
+
+    budget: int = 0
+    drafter: DrafterName | None = None
+
+
+class DraftReads(NamedTuple):
+    """KV that a model's drafts read. tokens_read: maps a row's tokens and a budget to the KV slots that a draft step
+    reads; budget 0: the configured one. share: see KVSettings.shares_pages."""
+
+    tokens_read: Callable[[int, int], int]
+    share: bool = True
+
+
 class Controller(Protocol):
     """Interface of controllers. Host-side, O(rows) per round."""
 
@@ -42,8 +57,8 @@ class Controller(Protocol):
     def report(self) -> ControllerReport: ...
 
     @property
-    def budget(self) -> int:
-        """KV tokens per row that drafts of the latest chosen round read; 0: as configured."""
+    def way(self) -> Way:
+        """How a model drafts in the latest chosen round."""
         ...
 
     @property
@@ -111,7 +126,7 @@ class FixedGamma:
         """model: whether there is a model that drafts."""
         self._gamma, self._model = gamma, model
         self.report = ControllerReport()
-        self.budget = 0
+        self.way = Way()
 
     @property
     def gamma_max(self) -> int:

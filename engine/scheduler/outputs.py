@@ -5,15 +5,15 @@ from __future__ import annotations
 import msgspec
 
 from engine.messages import FINISH_ABORT, PromptLogprobs, RequestOutput, TokenLogprobs
-from engine.plan import RowFailure, RowResult
+from engine.plan import DraftOrigin, RowFailure, RowResult
 from engine.scheduler.request import Request
 
 
-def make_output(request: Request, tokens: list[int], row: RowResult | None, from_text: int = 0) -> RequestOutput:
+def make_output(request: Request, tokens: list[int], row: RowResult | None, origin: DraftOrigin) -> RequestOutput:
     """Build a request's output for one round.
 
     tokens: those that the round added to the request, which may have ended with them. row: the request's result; None
-    if it sampled nothing. from_text: number of its drafts that were found in text.
+    if it sampled nothing. origin: of its drafts.
     """
     return RequestOutput(
         id=request.id,
@@ -22,7 +22,8 @@ def make_output(request: Request, tokens: list[int], row: RowResult | None, from
         prompt_logprobs=_prompt_logprobs(request) if request.num_output == len(tokens) else None,
         drafted=row.drafted if row else 0,
         accepted=min(row.accepted, len(tokens)) if row else 0,
-        from_text=from_text,
+        from_text=origin.from_text,
+        by_model=origin.by_model,
         finish_reason=request.finish_reason,
         stop_reason=request.stop_reason,
         scheduled=request.scheduled or 0.0,

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from engine.messages import FINISH_LENGTH, FINISH_STOP, AddRequest, PromptLogprobs
 from engine.ngram.ngram_index import NgramIndex
 from engine.params import SamplingParams
+from engine.plan import RowWork
 from engine.scheduler.prefix_index import IndexedPage
 from kernels.kv.kv_bits import KV_BITS, KVBits
 
@@ -152,6 +153,13 @@ class Request:
         """End a request for its prompt's log-probabilities alone, max_tokens = 0, once they are computed."""
         if self.params.max_tokens == 0 and self.num_uncomputed == 0:
             self.finish_reason = FINISH_LENGTH
+
+    def count_lag(self, work: RowWork, accepted: int, by_model: bool) -> None:
+        """Count what a draft model lacks after a round. accepted: number of drafts. by_model: whether it drafted."""
+        if work.model_drafts and by_model:
+            self.draft_lag = int(accepted == work.gamma)  # then the last draft was never fed
+        else:  # it was fed no drafts, neither those that the plan contained nor the target's
+            self.draft_lag += work.new - work.catch_up + accepted
 
     def commit(self, tokens: Iterable[int]) -> list[int]:
         """Append output tokens up to and including the one that ends the request; return those appended.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from engine.messages import AddRequest
 from engine.ngram.ngram_drafts import NO_PROPOSAL
-from engine.plan import PageDelta, RoundPlan, RoundResult, RowFailure, RowResult, RowStart, RowWork
+from engine.plan import DraftOrigin, PageDelta, RoundPlan, RoundResult, RowFailure, RowResult, RowStart, RowWork
 from engine.scheduler.controller import Controller
 from engine.scheduler.kv_audit import KVAudit
 from engine.scheduler.kv_manager import KVManager
@@ -27,13 +27,13 @@ _MAX_PROMPT_LOGPROBS = 256
 
 class Committed(NamedTuple):
     """Outcome of a round for one request. tokens: those appended to it. row: None if it sampled none. failure: why it
-    has failed; its tokens are valid. from_text: drafts, the first ones, that were found in text."""
+    has failed; its tokens are valid. origin: of its drafts."""
 
     request: Request
     tokens: list[int]
     row: RowResult | None
     failure: RowFailure | None
-    from_text: int
+    origin: DraftOrigin
 
 
 class Scheduler:
@@ -178,14 +178,15 @@ class Scheduler:
         self.shared_tokens = self._kv.shared_tokens
         proposals = [NO_PROPOSAL] * len(rows) if self._ngrams is None else self._ngrams.propose(rows, share)
         choices = self.controller.choose(rows, self.shared_tokens, proposals)
-        plan.budget = self.controller.budget
+        plan.budget, plan.drafter = self.controller.way
+        by_model = self._draft_kv and plan.drafter != "self"
         for request, proposal, choice in zip(rows, proposals, choices, strict=True):
             proposed = proposal.tokens[: choice.proposed]
             if self._ngrams is not None:
                 self._ngrams.record(request, proposal, bool(proposed))
             gamma = max(0, min(len(proposed) + choice.model, share, request.max_draft_tokens))
             catch_up = 0
-            if gamma > len(proposed) and request.needs_catch_up:
+            if gamma > len(proposed) and by_model and request.needs_catch_up:
                 catch_up = min(request.draft_lag, catch_up_left)
                 catch_up_left -= catch_up
                 gamma = gamma if catch_up == request.draft_lag else len(proposed)
@@ -351,22 +352,18 @@ class Scheduler:
         outcomes = iter(result.rows)
         prompt_logprobs = iter(result.prompt_logprobs)
         failures = {failure.row: failure for failure in result.failures}
-        committed = []
+        committed, by_model = [], self._draft_kv and plan.drafter != "self"
         for request, work in zip(requests, plan.work, strict=True):
             if work.num_prompt_logprobs:  # a recomputed prompt's entries are replaced
                 request.prompt_logprobs[work.computed :] = islice(prompt_logprobs, work.num_prompt_logprobs)
             request.num_computed += work.new
-            if self._draft_kv:
-                request.draft_lag += work.new - work.catch_up
             outcome, tokens = None, []
             if work.samples:
                 outcome = next(outcomes)
                 request.num_computed += outcome.accepted
-                if self._draft_kv and work.model_drafts:  # if all drafts were accepted, the last one was never fed
-                    request.draft_lag = int(outcome.accepted == work.gamma)
-                elif self._draft_kv:  # it was fed none of those that the plan contained
-                    request.draft_lag += outcome.accepted
                 tokens = request.commit(outcome.tokens)
+            if self._draft_kv:
+                request.count_lag(work, outcome.accepted if outcome else 0, by_model)
             failure = failures.get(work.row) if request.finish_reason is None else None
             if failure is not None and not failure.is_request_fault:
                 self._kv.distrust(request, self.running)
@@ -379,7 +376,8 @@ class Scheduler:
                 self._release_row(request)
                 del self._by_id[request.id]
             if outcome is not None or failure is not None or request.finish_reason is not None:
-                committed.append(Committed(request, tokens, outcome, failure, len(work.proposed)))
+                origin = DraftOrigin(len(work.proposed), by_model)
+                committed.append(Committed(request, tokens, outcome, failure, origin))
         if self._audit is not None:
             self._audit.compare(result.audit)
         self.controller.observe(plan, requests, result)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
 import msgspec
 
 from engine.messages import EngineStats
-from engine.plan import RoundPlan, RoundResult, RowWork
-from engine.scheduler.controller import shared_by_drafts
+from engine.plan import NO_DRAFTS, DrafterName, DraftOrigin, RoundPlan, RoundResult, RowWork
+from engine.scheduler.controller import DraftReads, shared_by_drafts
 from engine.scheduler.request import Request
 
 
@@ -24,21 +24,18 @@ class StatsRecorder:
         page_size: int,
         bytes_per_token: int,
         gamma_max: int,
-        draft_tokens_read: Callable[[int, int], int],
+        draft_reads: Mapping[DrafterName | None, DraftReads],
         policy: str,
         draft_pages_per_row: int,
-        drafts_share: bool,
         target_tokens_read: Callable[[int, int, int], int] | None = None,
         target_kv: dict[str, str | int] | None = None,
         kv_format: str = "dense",
     ) -> None:
-        """draft_tokens_read: maps a row's tokens and a budget to the KV slots that a draft step reads. policy,
-        draft_pages_per_row, target_kv, kv_format: see EngineStats. drafts_share: see KVSettings.shares_pages.
+        """draft_reads: by RoundPlan.drafter. policy, draft_pages_per_row, target_kv, kv_format: see EngineStats.
         target_tokens_read: maps a row's prompt tokens, a position and a number of queries from it on to the KV slots
         that the target reads; None: all."""
-        self._draft_tokens_read = draft_tokens_read
+        self._draft_reads = draft_reads
         self._target_tokens_read = target_tokens_read or (lambda num_prompt, first, queries: first + queries)
-        self._drafts_share = drafts_share
         self.totals = EngineStats(
             pages_total=pages_total,
             page_size=page_size,
@@ -58,36 +55,40 @@ class StatsRecorder:
         decoding = []
         for request, work in zip(requests, plan.work, strict=True):
             if request.decoding:
-                self._decode_row(request, work, plan.budget)
+                self._decode_row(request, work, plan)
                 decoding.append(work)
         if shared_tokens:
-            by_drafts = self._shared_by_drafts(decoding, plan.budget, shared_tokens)
+            by_drafts = self._shared_by_drafts(decoding, plan, shared_tokens)
             self.totals.draft_kv_tokens_read -= by_drafts
             self.totals.kv_tokens_read -= shared_tokens + by_drafts
 
-    def _shared_by_drafts(self, decoding: Sequence[RowWork], budget: int, shared_tokens: int) -> int:
+    def _shared_by_drafts(self, decoding: Sequence[RowWork], plan: RoundPlan, shared_tokens: int) -> int:
         """Estimate the shared tokens of all draft steps."""
-        if not self._drafts_share:
+        reads = self._draft_reads[plan.drafter]
+        if not reads.share:
             return 0
         contexts = [work.computed + 1 for work in decoding]
         found = 0.0
         for step in range(max((work.model_drafts for work in decoding), default=0)):
             drafting = [work.computed + 1 for work in decoding if work.model_drafts > step]
-            found += shared_by_drafts(shared_tokens, contexts, drafting, self._draft_tokens_read, budget, step)
+            found += shared_by_drafts(shared_tokens, contexts, drafting, reads.tokens_read, plan.budget, step)
         return round(found)
 
-    def _decode_row(self, request: Request, work: RowWork, budget: int) -> None:
+    def _decode_row(self, request: Request, work: RowWork, plan: RoundPlan) -> None:
         totals, context = self.totals, work.computed + 1
         totals.gamma_chosen[work.gamma] += 1
         steps = range(len(work.proposed), work.gamma)
-        by_drafts = sum(self._draft_tokens_read(context + step, budget) for step in steps)
+        reads = self._draft_reads[plan.drafter]
+        by_drafts = sum(reads.tokens_read(context + step, plan.budget) for step in steps)
         by_target = self._target_tokens_read(request.num_prompt, work.computed, work.gamma + 1)
         totals.draft_kv_tokens_read += by_drafts
         totals.kv_tokens_read += by_target + by_drafts
 
-    def record_row(self, request: Request, drafted: int, accepted: int, tokens: int, from_text: int = 0) -> None:
-        """Count a row's `tokens` output tokens, of which the first `accepted` were among its `drafted` ones. from_text:
-        drafts, the first ones, that were found in text.
+    def record_row(
+        self, request: Request, drafted: int, accepted: int, tokens: int, origin: DraftOrigin = NO_DRAFTS
+    ) -> None:
+        """Count a row's `tokens` output tokens, of which the first `accepted` were among its `drafted` ones. origin: of
+        its drafts.
 
         Drafts after the token that ended a request were never verified: they count as drafted, but not as rejected.
         """
@@ -98,8 +99,12 @@ class StatsRecorder:
         totals.accepted_tokens += accepted
         totals.drafts += drafted > 0
         totals.draft_tokens += drafted
+        from_text = origin.from_text
         totals.text_draft_tokens += from_text
         totals.text_accepted_tokens += min(accepted, from_text)
+        if origin.by_model:
+            totals.model_draft_tokens += max(0, drafted - from_text)
+            totals.model_accepted_tokens += max(0, accepted - from_text)
         totals.rejections += accepted < min(drafted, tokens)
         for position in range(accepted):
             totals.accepted_per_position[position] += 1

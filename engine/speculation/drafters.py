@@ -76,8 +76,12 @@ class SelfDrafter:
         if count:
             self._policy.prepare(batch, batch.computed[:count])
             draft(batch, self._runner, self._policy.view(batch.budget), self._sampler, self._graphs)
-        self._policy.watch(batch.row, batch.computed, batch.new + batch.gamma, batch.gamma)
+        self.watch(batch)
         return batch.gamma_device
+
+    def watch(self, batch: RoundBatch) -> None:
+        """Prepare for the round's verify pass, whoever drafts."""
+        self._policy.watch(batch.row, batch.computed, batch.new + batch.gamma, batch.gamma)
 
     def observe(self, batch: RoundBatch, verdict: Verdict) -> None:
         """Do nothing: the KV that drafts read is the target's."""
@@ -96,6 +100,29 @@ def draft(
         inputs, samples = batch.draft_inputs(step, view, lag), batch.draft_samples([step])
         batch.place_drafts(samples, sampler.draft(runner.forward(inputs), samples))
         lag = None
+
+
+class EitherDrafter:
+    """Two drafters, of which the plan names one for each round. In the other's rounds, each has rows that do not draft:
+    a draft model's tokens are left for its next catching up."""
+
+    def __init__(self, model: Drafter, own: SelfDrafter) -> None:
+        self._model, self._own = model, own
+
+    def start(self, start: RowStart) -> None:
+        self._model.start(start)
+        self._own.start(start)
+
+    def propose(self, batch: RoundBatch) -> Tensor:
+        if batch.drafter == "self":
+            return self._own.propose(batch)
+        drafted = self._model.propose(batch)
+        self._own.watch(batch)
+        return drafted
+
+    def observe(self, batch: RoundBatch, verdict: Verdict) -> None:
+        self._model.observe(batch, verdict)
+        self._own.observe(batch, verdict)
 
 
 class TimedDrafter:

@@ -11,14 +11,14 @@ from engine.batch.runner import Runner, make_attention
 from engine.batch.tail_pages import make_tails, num_exact_pages
 from engine.batch.view import DenseView
 from engine.config.deployment import EngineConfig
-from engine.kv.policy import DraftSite
+from engine.kv.policy import DraftSite, KVPolicy
 from engine.kv.registry import make_policy
 from engine.kv.sealed_reading import SealedAttention, SealedView
 from engine.kv.target_quest import make_target_reading
 from engine.sampling.grammar import Grammars
 from engine.sampling.sampler import Sampler
 from engine.speculation.draft_graphs import DraftGraphs
-from engine.speculation.drafters import Drafter, NoDrafter, SelfDrafter
+from engine.speculation.drafters import Drafter, EitherDrafter, NoDrafter, SelfDrafter
 from engine.speculation.model_drafter import ModelDrafter, SharedDrafts
 from engine.speculation.rejection import Proposals, RejectionSampler
 from engine.worker.weight_choice import draft_model_weights
@@ -92,8 +92,8 @@ def make_target(config: EngineConfig, model: DecoderModel, state: RowState, num_
     if not pool.seals:
         all_kv = DenseView(state.page_table, window=model.window, sliding=state.windows)
         return Runner(model, pool, plain, all_kv, sliding=sliding)
-    settings = config.speculation
-    summarises = settings.drafting_model == "self" and settings.kv_state(state.page_size).summaries > 0
+    own = config.speculation.by_drafter.get("self")
+    summarises = own is not None and own.kv_state(state.page_size).summaries > 0
     summaries = KeySummaries(pool, model.ops) if summarises else None
     sealed = SealedAttention(plain, state, summaries)
     return Runner(model, pool, sealed, SealedView(state, model.window), summaries=summaries, sliding=sliding)
@@ -129,17 +129,28 @@ def make_drafter(
     sampler: the target's. group: all ranks. draft: the draft model, if there is one. graphs: see make_graphs; None:
     nothing is captured.
     """
-    settings = config.speculation
-    if settings.max_model_drafts == 0:
-        return _with_target_graphs(config, target, state, graphs), NoDrafter()
-    if settings.drafting_model == "model":
-        target = _with_target_graphs(config, target, state, graphs)
-        drafter = _model_drafter(config, state, target.pool.num_pages, sampler, draft, graphs)
+    by_drafter = config.by_drafter
+    policy = None
+    if (own := by_drafter.get("self")) is not None:
+        site = DraftSite(own.speculation, target.model, state, lambda: target.pool, target.summaries)
+        policy = make_policy(site)
+    target = _with_target_graphs(config, target, state, graphs, policy.observer if policy else None)
+    drafter: Drafter = NoDrafter()
+    if "model" in by_drafter:
+        mine = _model_drafter(config, state, target.pool.num_pages, sampler, draft, graphs)
         is_shared = draft.group is None or draft.group.size < group.size
-        return target, SharedDrafts(drafter, group) if is_shared else drafter or NoDrafter()
-    model = drafting_model(config, target.model, draft) or target.model
-    policy = make_policy(DraftSite(settings, target.model, state, lambda: target.pool, target.summaries))
-    target = _with_target_graphs(config, target, state, graphs, policy.observer)
+        drafter = SharedDrafts(mine, group) if is_shared else mine or NoDrafter()
+    if own is not None and policy is not None:
+        itself = _self_drafter(own, target, state, sampler, policy, graphs)
+        drafter = EitherDrafter(drafter, itself) if "model" in by_drafter else itself
+    return target, drafter
+
+
+def _self_drafter(
+    config: EngineConfig, target: Runner, state: RowState, sampler: Sampler, policy: KVPolicy, graphs: Graphs | None
+) -> SelfDrafter:
+    """Make the drafter over the target itself. target: its runner, with captured forwards."""
+    model = own_drafts(config, target.model) or target.model
     view = policy.view(0)
     sliding = target.sliding and replace(target.sliding, attention=_sliding_attention(model, state.page_size))
     runner, steps = Runner(model, policy.pool, policy.attention, view, sliding=sliding), None
@@ -147,18 +158,15 @@ def make_drafter(
         if policy.pool is target.pool and model is target.model and not view.per_layer:
             runner = replace(runner, graphs=target.graphs)
         runner, steps = _with_graphs(config, runner, graphs, sampler, state)
-    return target, SelfDrafter(runner, sampler, policy, steps)
+    return SelfDrafter(runner, sampler, policy, steps)
 
 
-def drafting_model(config: EngineConfig, target: DecoderModel, draft: DraftModel) -> DecoderModel | None:
-    """Return the model whose weights a draft step of this rank reads, if that is not the target: the draft model, or
-    the target with the matrices of drafts."""
+def own_drafts(config: EngineConfig, target: DecoderModel) -> DecoderModel | None:
+    """Return the target with the matrices of drafts; None if it does not draft, or with its own."""
     settings = config.speculation
-    if settings.max_model_drafts == 0 or settings.drafting_model == "model":
-        return draft.model
-    if target.weights.drafts is None or settings.weights not in ("auto", target.weights.drafts):
+    if "self" not in settings.by_drafter or target.weights.drafts is None:
         return None
-    return target.drafting()
+    return target.drafting() if settings.weights in ("auto", target.weights.drafts) else None
 
 
 def _model_drafter(

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from engine.config.deployment import ConfigError, EngineConfig
+from engine.config.speculation import SpeculationConfig
 from engine.control.auto import AutoGamma
+from engine.control.drafting_model import DraftingModel
 from engine.control.step_times import StepTimes
 from engine.ngram.ngram_drafts import NgramDrafts
 from engine.ngram.text_store import StoreError, TextStore, fingerprint
-from engine.scheduler.controller import Controller, FixedGamma
+from engine.plan import DrafterName
+from engine.scheduler.controller import Controller, DraftReads, FixedGamma
 from engine.scheduler.request_ngrams import CountAllowed, RequestNgrams
 from engine.worker.profiler import Profiler, load_profile, profile, profile_key, save_profile
 from engine.worker.resolve import Resolved
@@ -27,16 +30,13 @@ def make_controller(config: EngineConfig, resolved: Resolved, worker: Worker, pr
     if (samples := load_profile(key)) is None:
         samples = profile(profiler, config)
         save_profile(key, samples)
-    times = StepTimes(samples, draft_tokens_read(config), drafts_share=speculation.drafts_share)
-    budgets = speculation.kv_budgets(config.cache.page_size) or [0]
-    return AutoGamma(
-        times,
-        speculation.max_model_drafts,
-        budgets,
-        speculation.kv.budget,
-        speculation.max_text_drafts,
-        reads_latest=speculation.max_model_drafts > 0 and speculation.kv.reads_latest,
-    )
+    reads, models = draft_reads(config), []
+    for name, settings in _by_plan_name(speculation).items():
+        times = StepTimes(samples, reads[name].tokens_read, drafts_share=reads[name].share, drafter=name)
+        budgets = settings.kv_budgets(config.cache.page_size) or [0]
+        latest = settings.max_model_drafts > 0 and settings.kv.reads_latest
+        models.append(DraftingModel(times, budgets, settings.kv.budget, name=name, reads_latest=latest))
+    return AutoGamma(models, speculation.max_model_drafts, speculation.max_text_drafts)
 
 
 def make_request_ngrams(config: EngineConfig, resolved: Resolved, count_allowed: CountAllowed) -> RequestNgrams | None:
@@ -55,13 +55,20 @@ def make_request_ngrams(config: EngineConfig, resolved: Resolved, count_allowed:
     return RequestNgrams(drafts, speculation.max_text_drafts, count_allowed)
 
 
-def draft_tokens_read(config: EngineConfig) -> Callable[[int, int], int]:
-    """Return a function from a row's tokens and a budget to the KV slots that a draft step reads; budget 0: the
-    configured one."""
-    speculation, page_size = config.speculation, config.cache.page_size
-    kinds = {budget: speculation.kv.with_budget(budget) for budget in speculation.kv_budgets(page_size)}
-    kinds[0] = speculation.kv
-    return lambda context, budget: kinds[budget].tokens_read(context, page_size)
+def _by_plan_name(speculation: SpeculationConfig) -> dict[DrafterName | None, SpeculationConfig]:
+    """Return the settings of each model that drafts, by RoundPlan.drafter; where none does, as if one did."""
+    names: tuple[DrafterName | None, ...] = (None, "self")
+    return dict(zip(names, list(speculation.by_drafter.values()) or [speculation], strict=False))
+
+
+def draft_reads(config: EngineConfig) -> dict[DrafterName | None, DraftReads]:
+    """Describe the KV that each model's drafts read, by RoundPlan.drafter."""
+    return {name: _reads(each, config.cache.page_size) for name, each in _by_plan_name(config.speculation).items()}
+
+
+def _reads(settings: SpeculationConfig, page_size: int) -> DraftReads:
+    kinds = {budget: settings.kv.with_budget(budget) for budget in settings.kv_budgets(page_size)} | {0: settings.kv}
+    return DraftReads(lambda context, budget: kinds[budget].tokens_read(context, page_size), settings.drafts_share)
 
 
 def target_tokens_read(config: EngineConfig, shape: ModelConfig) -> Callable[[int, int, int], int] | None:

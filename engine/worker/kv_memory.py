@@ -11,6 +11,7 @@ from engine.batch.forward_graphs import graph_row_counts, prefix_room
 from engine.batch.graph_inputs import pages_seen
 from engine.batch.runner import make_attention
 from engine.config.deployment import EngineConfig
+from engine.plan import DrafterName
 from engine.worker.resolve import Resolved, fit_pool
 from kernels.attention.base import AttentionBatch
 from kernels.flashinfer.flashinfer_sizes import Heads, captured_memory
@@ -53,7 +54,7 @@ def size_pool(
     left = int(memory.total * share) - memory.used - memory.running
     if model.ops.make_graphs is not None and config.cuda_graphs:
         left -= memory.running  # about what the tensors of captured forwards take
-        if settings.max_model_drafts and settings.kv.counts_votes:
+        if any(each.kv.counts_votes for each in settings.by_drafter.values()):
             from kernels.gpu.attention import VOTE_BYTES  # the import needs Triton
 
             left -= VOTE_BYTES
@@ -70,7 +71,7 @@ def captured_list_bytes(
     config: EngineConfig, model: DecoderModel, draft: DecoderModel | None, max_model_len: int
 ) -> int:
     """Bound the bytes that captured attention to windows keeps: lists of pages and their lengths. draft: a draft model;
-    None: the target drafts for itself, or nothing does."""
+    None: there is none."""
     settings, page = config.speculation, config.cache.page_size
     rows = sum(graph_row_counts(config.scheduler.max_rows))
 
@@ -81,9 +82,13 @@ def captured_list_bytes(
 
     twice = 2 if config.cache.prefix else 1  # other layers may read shared pages once
     total = twice * lists(model, [gamma + 1 for gamma in settings.captured_gammas])
-    if settings.max_model_drafts:
-        total += lists(draft or model, _draft_queries(settings.max_model_drafts))
+    for name in settings.by_drafter:
+        total += lists(_that_drafts(name, model, draft), _draft_queries(settings.max_model_drafts))
     return total
+
+
+def _that_drafts(name: DrafterName, model: DecoderModel, draft: DecoderModel | None) -> DecoderModel:
+    return model if draft is None or name == "self" else draft
 
 
 def _draft_queries(steps: int) -> list[int]:
@@ -94,7 +99,7 @@ def _draft_queries(steps: int) -> list[int]:
 
 def captured_bytes(config: EngineConfig, model: DecoderModel, draft: DecoderModel | None, max_model_len: int) -> int:
     """Bound the bytes that FlashInfer's captured attention keeps: scratch memory, and plans and page lists of each
-    captured forward. draft: a draft model; None: the target drafts for itself, or nothing does."""
+    captured forward. draft: a draft model; None: there is none."""
     settings, page = config.speculation, config.cache.page_size
     rows, gamma = graph_row_counts(config.scheduler.max_rows), settings.max_draft_tokens
     multiprocessors = torch.cuda.get_device_properties(model.device).multi_processor_count
@@ -111,10 +116,12 @@ def captured_bytes(config: EngineConfig, model: DecoderModel, draft: DecoderMode
     if model.num_kv_layers and not model.window:  # attention to windows is none of FlashInfer's
         prefixes = prefix_room if config.cache.prefix else None
         scratch, own = attention(model, [each + 1 for each in settings.captured_gammas], width, prefixes)
-    steps, drafting = settings.max_model_drafts, draft or model
-    if steps and drafting.num_kv_layers and not drafting.window:
-        narrow = settings.kv.max_pages(page, gamma, width) * (model.num_kv_layers if settings.kv.per_layer else 1)
-        needed, drafts = attention(drafting, _draft_queries(steps), narrow)
+    for name, each in settings.by_drafter.items():
+        drafting = _that_drafts(name, model, draft)
+        if not drafting.num_kv_layers or drafting.window:
+            continue
+        narrow = each.kv.max_pages(page, gamma, width) * (model.num_kv_layers if each.kv.per_layer else 1)
+        needed, drafts = attention(drafting, _draft_queries(settings.max_model_drafts), narrow)
         # Drafts are captured after the target, whose graphs keep the smaller memory that they were captured with.
         scratch += needed if needed > scratch else 0
         own += drafts

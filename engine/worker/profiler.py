@@ -26,7 +26,7 @@ import torch
 from engine.config.deployment import EngineConfig
 from engine.control.step_times import StepSample, StepTimes
 from engine.params import SamplingParams
-from engine.plan import PageDelta, RoundPlan, RoundResult, RowStart, RowWork
+from engine.plan import DrafterName, PageDelta, RoundPlan, RoundResult, RowStart, RowWork
 from engine.ranks.protocol import WeightBytes
 from engine.worker.resolve import Resolved
 from models.config import ModelConfig, RopeConfig, read_config
@@ -34,7 +34,7 @@ from models.default import resolve_model, user_cache
 
 log = logging.getLogger(__name__)
 
-_VERSION = 11
+_VERSION = 12
 _SECONDS = 8.0
 """Approximate limit of a profile's time."""
 _SHORT, _LONG_TOKENS = 64, 8192
@@ -82,13 +82,20 @@ class Profiler:
         self._cleared = 0
 
     def measure(
-        self, rows: int, context: int, gamma: int, repeats: int = _REPEATS, *, sharing: bool = False
+        self,
+        rows: int,
+        context: int,
+        gamma: int,
+        repeats: int = _REPEATS,
+        *,
+        sharing: bool = False,
+        drafter: DrafterName | None = None,
     ) -> StepSample:
         """Measure `rows` rows of `context` tokens each, all with gamma drafts; the fastest of `repeats`.
 
         A model makes the drafts, unless that is more than it ever makes. sharing: the rows list the same pages, as far
-        as attention can read them once for all (`shareable`). Otherwise they share nothing. Raises ValueError for more
-        rows or tokens than the engine supports.
+        as attention can read them once for all (`shareable`). Otherwise they share nothing. drafter: see RoundPlan.
+        Raises ValueError for more rows or tokens than the engine supports.
         """
         if not 1 <= rows <= self._max_rows:
             raise ValueError(f"{rows} rows, but the engine has {self._max_rows}")
@@ -103,15 +110,18 @@ class Profiler:
         ]
         shareable = self.shareable(context) if sharing else 0
         starts, pages = self._starts(rows, context, -(-shareable // self._page))
-        first = self.run(RoundPlan(0, starts, pages, work, clear=self._fresh(rows, context)))
+        first = self.run(RoundPlan(0, starts, pages, work, drafter=drafter, clear=self._fresh(rows, context)))
         if first.verify_seconds > _SLOW_S:
             repeats = 1
         # Short rows must not grow, nor rows out of the groups that they hold exact pages for.
         again = [] if self._room == _ROOM and not self._holds_exact else starts
-        results = [self.run(RoundPlan(0, again, pages if again else [], work)) for _ in range(repeats)]
+        plan = RoundPlan(0, again, pages if again else [], work, drafter=drafter)
+        results = [self.run(plan) for _ in range(repeats)]
         fastest = min(results, key=lambda result: result.draft_seconds + result.verify_seconds)
         shared = (rows - 1) * shareable
-        return StepSample(rows, context, gamma, fastest.draft_seconds, fastest.verify_seconds, shared, from_text)
+        return StepSample(
+            rows, context, gamma, fastest.draft_seconds, fastest.verify_seconds, shared, from_text, drafter
+        )
 
     def shareable(self, context: int) -> int:
         """Return the number of tokens of a context that attention can read once for all rows that begin with them: in
@@ -190,6 +200,7 @@ def profile(profiler: Profiler, config: EngineConfig) -> list[StepSample]:
     max_gamma = min(config.speculation.max_draft_tokens, profiler.max_draft_tokens)
     models = min(config.speculation.max_model_drafts, max_gamma)
     gammas = sorted({gamma for gamma in (*_GAMMAS, models) if gamma < max_gamma} | {max_gamma})
+    some = max([gamma for gamma in gammas if gamma <= _GAMMAS[-1]])  # that the second of two models is timed with
     longest = profiler.max_context
     began = time.perf_counter()
     samples: list[StepSample] = []
@@ -201,6 +212,8 @@ def profile(profiler: Profiler, config: EngineConfig) -> list[StepSample]:
         # Of many rows the long context is still longer than the short one: the difference gives the cost of a token.
         contexts = sorted({min(each, longest) for each in (_SHORT, max(_LONG_TOKENS // rows, 2 * _SHORT))})
         samples += [profiler.measure(rows, context, gamma) for context in contexts for gamma in gammas]
+        if len(config.speculation.by_drafter) > 1:
+            samples += [profiler.measure(rows, context, some, drafter="self") for context in contexts]
         last = time.perf_counter() - began - spent
         context = max(contexts[-1], profiler.shared_context)
         if rows > 1 and len(contexts) > 1 and profiler.shareable(context) and spent + 2 * last <= _SECONDS:
@@ -240,6 +253,7 @@ def profile_key(config: EngineConfig, sizes: Resolved, formats: Mapping[str, str
         "verification": True,
         "weights": True,
         "kv": {"sink", "latest"},
+        "self_kv": {"sink", "latest"},
     }
     parts += [speculation.source, speculation.model_dump_json(exclude=without), _work(sizes.shape)]
     if speculation.draft_model is not None:  # its name does not identify it: another model can take its place

@@ -111,7 +111,10 @@ def resolve(
     draft = _draft_shape(config, shape)
     shape = grouped(config, shape)
     check_sliding(config, shape, draft)
-    pool_bytes, fixed_bytes = _draft_bytes(config, draft or shape, dtype)
+    pool_bytes = fixed_bytes = 0
+    for name, each in config.by_drafter.items():
+        of_pool, fixed = _draft_bytes(each, shape if draft is None or name == "self" else draft, dtype)
+        pool_bytes, fixed_bytes = pool_bytes + of_pool, fixed_bytes + fixed
     pool_bytes += _kv_bytes(shape, dtype, max(kv_heads), config.cache.format)
     fixed_bytes += num_exact_pages(config) * config.cache.page_size * _kv_bytes(shape, dtype, max(kv_heads))
     if config.target_kv is not None:
@@ -210,7 +213,7 @@ def _check_weights(config: EngineConfig, ops: Ops, model: DecoderModel | None) -
     drafts: set[str | None] | None = None
     if model is not None:
         own = loaded_formats(model)
-        if config.speculation.max_model_drafts and config.speculation.drafting_model == "self":
+        if "self" in config.speculation.by_drafter:
             drafts = own | {model.weights.drafts}
     for setting, wanted, has in (
         ("weights", config.weights, own),
@@ -280,11 +283,12 @@ def _draft_shape(config: EngineConfig, target: ModelConfig) -> ModelConfig | Non
 
 
 def _draft_bytes(config: EngineConfig, shape: ModelConfig, dtype: torch.dtype) -> tuple[int, int]:
-    """Compute the memory of drafts on the rank with the largest share: bytes per token of the pool, and fixed bytes.
+    """Compute the memory of a model's drafts on the rank with the largest share: bytes per token of the pool, and fixed
+    bytes.
 
     A draft model that keeps the KV of all tokens has a page for each of the target's, and a policy may summarise pages,
     unless the target itself does. SnapKV's cache, the queries that choose, chosen pages, and a draft model's window are
-    of fixed size. shape: config of the model that drafts.
+    of fixed size. config: of one model that drafts (EngineConfig.by_drafter). shape: that model's.
     """
     settings = config.speculation
     ranks = settings.draft_ranks(config.tensor_parallel_size) or config.tensor_parallel_size

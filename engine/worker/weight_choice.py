@@ -11,7 +11,7 @@ from parallel.matrix_layer import WeightChoice
 def target_weights(config: EngineConfig, ops: Ops) -> WeightChoice:
     """Return the formats of the target, which has a second set of matrices where it drafts with weights of its own."""
     own = None if config.weights == "auto" else config.weights
-    if config.speculation.max_model_drafts == 0 or config.speculation.drafting_model == "model":
+    if "self" not in config.speculation.by_drafter:
         return WeightChoice(own)
     drafts = _draft_format(config, ops)
     return WeightChoice(own, None if drafts == own else drafts)

@@ -29,13 +29,13 @@ from engine.speculation.verify import Verdict
 from engine.worker import consistency
 from engine.worker.build import (
     DraftModel,
-    drafting_model,
     load_draft,
     make_drafter,
     make_graphs,
     make_row_state,
     make_sampler,
     make_target,
+    own_drafts,
 )
 from engine.worker.kv_memory import size_pool
 from engine.worker.loading import load_shard
@@ -117,8 +117,8 @@ class Worker:
         self._groups = [group] if draft.group is None or draft.group is group else [group, draft.group]
         self._digest_every = config.digest_every if group.size > 1 else 0
         self._state = make_row_state(config, model, num_pages, max_model_len)
-        self._drafting_model = drafting_model(config, model, draft)
-        drafts = (self._drafting_model or model) if config.speculation.max_model_drafts else None
+        self._own_drafts = own_drafts(config, model)
+        drafts = draft.model or (self._own_drafts or model if config.speculation.by_drafter else None)
         self.weight_formats = describe_formats(model, drafts)  # of this rank
         vocab = VocabShard(model.vocab_start, model.vocab_size, model.config.vocab_size, group)
         eos = model.config.eos_token_ids
@@ -145,7 +145,7 @@ class Worker:
     def weight_bytes(self) -> WeightBytes:
         """Bytes of this rank's shards."""
         tables = self.model.table_bytes + (self.draft.model.table_bytes if self.draft.model else 0)
-        drafting = self._drafting_model.matrix_bytes if self._drafting_model else 0
+        drafting = sum(each.matrix_bytes for each in (self._own_drafts, self.draft.model) if each is not None)
         return WeightBytes(self.model.matrix_bytes, drafting, tables)
 
     @property

@@ -98,6 +98,8 @@ def _report(stats: EngineStats, tokens: int, prefill: float, decode: float) -> N
     ]
     if stats.text_draft_tokens:
         lines.append(f"  from text   {stats.text_draft_tokens} tokens, {stats.text_accepted_tokens} accepted")
+    if stats.model_draft_tokens:
+        lines.append(f"  by a model  {stats.model_draft_tokens} tokens, {stats.model_accepted_tokens} accepted")
     if stats.draft_tokens:
         lines.append(f"acceptance    {acceptance_rate(stats):.3f}")
     lines.append(

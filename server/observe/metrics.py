@@ -76,6 +76,8 @@ _COUNTERS: tuple[tuple[str, str | None, str, Callable[[EngineStats], float]], ..
     ),
     ("text_draft_tokens", None, "Drafted tokens found in text.", lambda s: s.text_draft_tokens),
     ("text_accepted_tokens", None, "Drafted tokens found in text and accepted.", lambda s: s.text_accepted_tokens),
+    ("model_draft_tokens", None, "Tokens drafted by a draft model.", lambda s: s.model_draft_tokens),
+    ("model_accepted_tokens", None, "Tokens drafted by a draft model and accepted.", lambda s: s.model_accepted_tokens),
     ("kv_tokens_read", None, "KV tokens read by draft and verify passes.", lambda s: s.kv_tokens_read),
     ("engine_restarts", None, "Engines restarted after one died.", lambda s: s.engine_restarts),
     ("requests_retried", None, "Requests retried after an engine died.", lambda s: s.requests_retried),

@@ -26,6 +26,8 @@ class RequestStats:
     tokens: int = 0
     drafted: int = 0
     accepted_from_text: int = 0
+    accepted_from_model: int = 0
+    """Those of a draft model."""
     held: Counter[int] = field(default_factory=Counter)
     """Number of rounds, by number of accepted drafts."""
     reason: str | None = None
@@ -52,7 +54,10 @@ class RequestStats:
         self.cached_tokens = self.cached_tokens or output.cached_tokens
         self.tokens += len(delta.tokens)
         self.drafted += output.drafted
-        self.accepted_from_text += min(output.from_text, delta.accepted)
+        from_text = min(output.from_text, delta.accepted)
+        self.accepted_from_text += from_text
+        if output.by_model:
+            self.accepted_from_model += delta.accepted - from_text
         self.held[delta.accepted] += 1
         self.reason = delta.finish_reason
         return self.last - before

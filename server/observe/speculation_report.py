@@ -8,9 +8,9 @@ from engine.messages import RequestOutput
 from engine.text import Delta
 from server.observe.request_stats import RequestStats
 
-Origin = Literal["accepted", "text", "bonus", "plain"]
-"""accepted: drafted by a model, and the target agreed. text: found in text, likewise. bonus: the target's own, after
-drafts. plain: of a round without any."""
+Origin = Literal["self", "model", "text", "bonus", "plain"]
+"""self: drafted by the target with the KV that drafts read, and the target agreed. model: drafted by a draft model,
+likewise. text: found in text, likewise. bonus: the target's own, after drafts. plain: of a round without any."""
 
 
 def round_report(stats: RequestStats, output: RequestOutput, delta: Delta) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def round_report(stats: RequestStats, output: RequestOutput, delta: Delta) -> di
     rest: Origin = "bonus" if output.drafted else "plain"
     from_text = min(output.from_text, delta.accepted)
     origins: list[Origin] = ["text"] * from_text
-    origins += ["accepted"] * (delta.accepted - from_text)
+    origins += ["model" if output.by_model else "self"] * (delta.accepted - from_text)
     origins += [rest] * (len(delta.tokens) - delta.accepted)
     said = {"drafted": output.drafted, "accepted": delta.accepted, "origins": origins, "offsets": delta.offsets}
     return said if delta.finish_reason is None else said | {"total": _total(stats)}
@@ -31,6 +31,7 @@ def _total(stats: RequestStats) -> dict[str, Any]:
         "drafted": stats.drafted,
         "accepted": stats.accepted,
         "accepted_from_text": stats.accepted_from_text,
+        "accepted_from_model": stats.accepted_from_model,
         "mean_drafted": stats.drafted / stats.rounds,
         "accepted_per_round": [stats.held[held] for held in range(max(stats.held) + 1)],
         "queue_s": max(0.0, stats.scheduled - stats.arrival) if stats.scheduled else None,

@@ -79,7 +79,8 @@ const CHARTS = [
     ["predicted", d => per(d("magicdec_decode_seconds_total|plain"), d("magicdec_decode_seconds_total|predicted"))]]],
   ["Drafts accepted, %", [
     ["of those drafted", d => 100 * per(d("magicdec_accepted_tokens_total"), d("magicdec_draft_tokens_total"))],
-    ["of those from text", d => 100 * per(d("magicdec_text_accepted_tokens_total"), d("magicdec_text_draft_tokens_total"))]]],
+    ["of those from text", d => 100 * per(d("magicdec_text_accepted_tokens_total"), d("magicdec_text_draft_tokens_total"))],
+    ["of a draft model's", d => 100 * per(d("magicdec_model_accepted_tokens_total"), d("magicdec_model_draft_tokens_total"))]]],
   ["Drafted tokens per row (γ)", [["mean", d => per(d("magicdec_gamma_sum"), d("magicdec_gamma_count"))]]],
   ["KV pool, % of pages", ["owned", "cached"].map(state =>
     [state, (d, s, now) => 100 * per(now[`magicdec_pages|${state}`], now.magicdec_pages_total)])],

@@ -14,9 +14,9 @@ import torch
 from engine.core import Engine
 from engine.ngram.ngram_drafts import Proposal
 from engine.plan import RoundPlan
-from engine.scheduler.controller import FixedGamma, RowDrafts
+from engine.scheduler.controller import FixedGamma, RowDrafts, Way
 from engine.scheduler.request import Request
-from tests.support.engines import run, tokens
+from tests.support.engines import Scripted, run, tokens
 from tests.support.profiles import is_all, only_in_all
 from tests.support.rank_law import alone, model, requests
 from tests.support.ranks import DRAFT, threaded_engine, write_random_model
@@ -165,6 +165,25 @@ def test_drafts_from_the_text(draft_dir: Path, drafter: str, policy: str, count:
         engine.close()
     assert {request.id: tokens(outputs[request.id]) for request in requests()} == expected()
     assert stats.text_draft_tokens > 0
+
+
+@pytest.mark.parametrize(
+    ("policy", "own", "size", "count"),
+    [
+        ("window", "verified", 3, 2),
+        ("all", "quest", 2, None),
+        *(only_in_all(*each) for each in (("window", "snapkv", 2, 1), ("quest", "window", 3, None))),
+    ],
+)
+def test_a_draft_model_and_the_target_by_turns(
+    draft_dir: Path, policy: str, own: str, size: int, count: int | None
+) -> None:
+    """All ranks have the same drafter in each round, beside the text, those without the draft model too."""
+    both = of_model(draft_dir, policy, count) | {"drafter": "together", "gamma": "auto", "gamma_max": 3}
+    engine = start(size, both | {"self_kv": KV[own]})
+    ways = [Way(0, name) for name in (None, None, "self", None, "self", "self", "self")]
+    engine._scheduler.controller = Scripted([[0, 3, 1], [2], [0], [3, 3, 0, 1]] * 400, ways)
+    assert texts(engine) == expected()
 
 
 @pytest.mark.parametrize("drafter", [only_in_all("self"), "model"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import count
+from itertools import count, cycle
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from engine.messages import AddRequest, RequestOutput
 from engine.ngram.ngram_drafts import NO_PROPOSAL, Proposal
 from engine.params import SamplingParams
 from engine.plan import RoundPlan, RoundResult
-from engine.scheduler.controller import ControllerReport, RowDrafts
+from engine.scheduler.controller import ControllerReport, RowDrafts, Way
 from engine.scheduler.request import Request
 from kernels.ops import Ops
 from kernels.reference_ops import REFERENCE
@@ -70,13 +70,14 @@ def tiny_engine(
 
 
 class Scripted:
-    """Controller that cycles through scripted rounds: one gamma for all rows, or a gamma per row. Of these drafts none,
-    one or all come from the text where that proposes any, by turns."""
+    """Controller that plays scripted rounds: one gamma for all rows, or a gamma per row. Of these drafts none, one or
+    all come from the text where that proposes any, by turns."""
 
-    def __init__(self, gammas: Sequence[int | Sequence[int]]) -> None:
+    def __init__(self, gammas: Sequence[int | Sequence[int]], ways: Iterable[Way] = (Way(),)) -> None:
+        """ways: of the rounds, in cycles."""
         self._gammas = iter([[each] if isinstance(each, int) else each for each in gammas])
         self.gamma_max = max(each if isinstance(each, int) else max(each) for each in gammas)
-        self.budget, self.report = 0, ControllerReport()
+        self._ways, self.way, self.report = cycle(ways), Way(), ControllerReport()
         self._turns = count()
 
     def begin_round(self) -> None:
@@ -85,7 +86,7 @@ class Scripted:
     def choose(
         self, rows: Sequence[Request], shared_tokens: int = 0, proposals: Sequence[Proposal] = ()
     ) -> list[RowDrafts]:
-        gammas, turn = next(self._gammas), next(self._turns)
+        gammas, turn, self.way = next(self._gammas), next(self._turns), next(self._ways)
         chosen = []
         for i, proposal in enumerate(proposals or [NO_PROPOSAL] * len(rows)):
             gamma = gammas[i % len(gammas)]

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from engine.control.auto import AutoGamma
+from engine.control.drafting_model import DraftingModel
 from engine.control.step_times import StepSample, StepTimes
 from engine.messages import AddRequest
 from engine.params import SamplingParams
-from engine.plan import RoundPlan, RoundResult, RowResult, RowWork
+from engine.plan import DrafterName, RoundPlan, RoundResult, RowResult, RowWork
 from engine.scheduler.request import Request
 
 BUDGET = 512
@@ -38,13 +39,14 @@ class Machine:
             total += self.slower * self.drafts * (self.base + self.token * len(read) + self.kv * sum(read))
         return total
 
-    def samples(self) -> list[StepSample]:
+    def samples(self, drafter: DrafterName | None = None) -> list[StepSample]:
         found = []
         for rows in (1, 4, 16):
             for context in (64, 4096):
                 for gamma in (0, 1, 3, GAMMA_MAX):
                     batch = [context] * rows, [gamma] * rows
-                    found.append(StepSample(rows, context, gamma, self.draft(*batch), self.verify(*batch)))
+                    times = self.draft(*batch), self.verify(*batch)
+                    found.append(StepSample(rows, context, gamma, *times, drafter=drafter))
         return found
 
 
@@ -66,6 +68,8 @@ class Load:
     budgets: tuple[int, ...] = (BUDGET,)
     by_budget: dict[int, float] = field(default_factory=dict)
     by_reading: list[tuple[float, float]] | None = None
+    own: tuple[Machine, float] | None = None
+    """The target's own drafts beside those of a draft model: their times, and their acceptance."""
     prompts: bool = False
     max_tokens: int = 10**6
     lags: list[int] | None = None
@@ -74,13 +78,19 @@ class Load:
     rows: list[Request] = field(init=False)
     chosen: list[list[int]] = field(default_factory=list)
     latest: list[list[bool]] = field(default_factory=list)
+    ways: list[DrafterName | None] = field(default_factory=list)
     seconds: float = 0.0
     tokens: int = 0
     caught_up: int = 0
 
     def __post_init__(self) -> None:
         times = StepTimes((self.known or self.machine).samples(), reads)
-        self.controller = AutoGamma(times, GAMMA_MAX, self.budgets, reads_latest=self.by_reading is not None)
+        model = DraftingModel(times, self.budgets, reads_latest=self.by_reading is not None)
+        models = [model]
+        if self.own is not None:
+            samples = (self.known or self.machine).samples() + self.own[0].samples("self")
+            models.append(DraftingModel(StepTimes(samples, reads, drafter="self"), (BUDGET,), name="self"))
+        self.controller = AutoGamma(models, GAMMA_MAX)
         self.rng = random.Random(self.seed)
         limits = self.limits or [None] * len(self.contexts)
         self.rows = [
@@ -115,25 +125,28 @@ class Load:
         left = caught_up = 512
         for i, (row, gamma, alpha) in enumerate(zip(self.rows, gammas, self.alphas, strict=True)):
             accepted = catch_up = 0
-            if gamma and row.draft_lag > 1:
+            itself = self.controller.way.drafter == "self"
+            if gamma and row.draft_lag > 1 and not itself:
                 catch_up = min(row.draft_lag, left)
                 left -= catch_up
                 row.draft_lag -= catch_up
                 gammas[i] = gamma = 0 if row.draft_lag else gamma
-            alpha = self.by_budget.get(self.controller.budget, alpha)
+            alpha = self.by_budget.get(self.controller.way.budget, alpha)
             if self.by_reading is not None:
                 alpha = self.by_reading[i][latest[i]]
+            if self.own is not None and itself:
+                alpha = self.own[1]
             while accepted < gamma and self.rng.random() < alpha:
                 accepted += 1
-            if self.lags and not gamma:
-                row.draft_lag += 1
+            if self.lags and (itself or not gamma):
+                row.draft_lag += 1 + accepted
             work.append(RowWork(i, row.num_tokens - 1, 1, gamma, True, catch_up, latest=latest[i]))
             results.append(RowResult(gamma, accepted, [0] * (accepted + 1), None))
             self.tokens += accepted + 1
-        draft, verify = (
-            self.machine.draft(contexts, gammas, self.controller.budget),
-            self.machine.verify(contexts, gammas),
-        )
+        drafting = self.own[0] if self.own is not None and self.controller.way.drafter == "self" else self.machine
+        draft = drafting.draft(contexts, gammas, self.controller.way.budget)
+        verify = self.machine.verify(contexts, gammas)
+        self.ways.append(self.controller.way.drafter)
         draft += (caught_up - left) * self.catch_up_s
         self.caught_up += caught_up - left
         self.seconds += draft + verify
@@ -142,7 +155,7 @@ class Load:
         if self.prompts:  # a chunk of a prompt joins the round
             rows, work = [*rows, self.prompt], [*work, RowWork(len(rows), 0, 50, 0, False)]
         self.controller.observe(
-            RoundPlan(0, [], [], work, self.controller.budget), rows, RoundResult(0, results, draft, verify)
+            RoundPlan(0, [], [], work, *self.controller.way), rows, RoundResult(0, results, draft, verify)
         )
 
     def share_off(self, rounds: int) -> float:

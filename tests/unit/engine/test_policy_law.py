@@ -24,7 +24,7 @@ from engine.core import Engine
 from engine.messages import AddRequest, RequestOutput
 from engine.ngram.ngram_drafts import Proposal
 from engine.params import SamplingParams
-from engine.scheduler.controller import ControllerReport, FixedGamma, RowDrafts
+from engine.scheduler.controller import ControllerReport, FixedGamma, RowDrafts, Way
 from engine.scheduler.request import Request
 from kernels.attention.base import AttentionBatch
 from kernels.ragged import Ints
@@ -66,7 +66,7 @@ class Restless(FixedGamma):
         self, rows: Sequence[Request], shared_tokens: int = 0, proposals: Sequence[Proposal] = ()
     ) -> list[RowDrafts]:
         """Choose at random, with plain phases that are longer than any policy's patience."""
-        self.budget = self._rng.choice(self._budgets)
+        self.way = Way(self._rng.choice(self._budgets))
         if self._plain == 0 and self._rng.random() < 0.05:
             self._plain = 20
         self._plain = max(0, self._plain - 1)
@@ -258,7 +258,7 @@ class Lists:
     def _check(self, batch: AttentionBatch, rows: Ints, view: View) -> None:
         settings, page = self._settings, self._page
         kv = settings.kv
-        if budget := self._engine._scheduler.controller.budget:
+        if budget := self._engine._scheduler.controller.way.budget:
             kv = kv.with_budget(budget)
         assert batch.pages.shape[-1] <= self._width
         # What is newer than a choice: the rest of a page, and the drafts; plain rounds and a whole round, if it is old.

@@ -139,11 +139,12 @@ def test_any_batch_is_answered(rows: int, contexts: list[int], seed: int) -> Non
 def test_ended_requests_are_forgotten() -> None:
     load = Load(Machine(), [20000] * 4, [0.8] * 4)
     load.run(50)
-    assert len(load.controller._acceptance._requests) == 4
+    acceptance = load.controller._models[None].acceptance
+    assert len(acceptance._requests) == 4
     for row in load.rows:
         row.finish_reason = "stop"
     load.run(1)
-    assert load.controller._acceptance._requests == {}
+    assert acceptance._requests == {}
 
 
 def test_acceptance_is_the_truncated_geometric_estimate() -> None:
@@ -196,7 +197,7 @@ def test_the_budget_that_pays(by_budget: dict[int, float], best: int) -> None:
     budgets = []
     for _ in range(100):
         load.run(1)
-        budgets.append(load.controller.budget)
+        budgets.append(load.controller.way.budget)
     assert budgets.count(best) > 80
 
 

@@ -86,7 +86,7 @@ def test_the_controller_of_an_engine(
     engine = tiny_engine(tiny_model(), gamma=gamma, speculation={"kv": kv, "drafter": drafter, "gamma_max": 4})
     if reads:
         controller = engine._scheduler.controller
-        monkeypatch.setattr(controller._goodput, "_alphas", odd_rows)  # type: ignore[attr-defined]
+        monkeypatch.setattr(controller._goodput[None], "_alphas", odd_rows)  # type: ignore[attr-defined]
     plans: list[RoundPlan] = []
     execute = engine._worker.execute
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.control.auto import AutoGamma
+from engine.control.drafting_model import DraftingModel
 from engine.control.goodput import Batch, verify_bucket
 from engine.control.step_times import StepSample, StepTimes
 from engine.messages import AddRequest
@@ -72,7 +73,7 @@ def requests(count: int, context: int = CONTEXT) -> list[Request]:
 
 def drafts_after(machine: SharingMachine, rows: int, shared: int, rounds: int = 120, known: bool = True) -> float:
     """Run rounds at an acceptance of 0.8 and return the mean gamma of the last 100."""
-    controller = AutoGamma(StepTimes(machine.samples(known), machine.reads), GAMMA_MAX, (BUDGET,))
+    controller = AutoGamma([DraftingModel(StepTimes(machine.samples(known), machine.reads), (BUDGET,))], GAMMA_MAX)
     batch, rng, chosen = requests(rows), random.Random(0), []
     for _ in range(rounds):
         gammas = [drafts.model for drafts in controller.choose(batch, shared)]
@@ -86,7 +87,7 @@ def drafts_after(machine: SharingMachine, rows: int, shared: int, rounds: int = 
         drafting = sum(machine.draft(count, CONTEXT, shared * (count - 1) / (rows - 1)) for count in steps)
         verifying = machine.verify(rows, CONTEXT, max(gammas), shared)
         work = [RowWork(i, CONTEXT - 1, 1, gamma, True) for i, gamma in enumerate(gammas)]
-        plan = RoundPlan(0, [], [], work, controller.budget)
+        plan = RoundPlan(0, [], [], work, controller.way.budget)
         controller.observe(plan, batch, RoundResult(0, results, drafting, verifying))
         chosen.append(sum(gammas) / rows)
     return sum(chosen[-100:]) / 100
@@ -188,10 +189,8 @@ def test_drafting_goes_on_without_a_price() -> None:
     """The first choice is that of a batch that shares nothing; the times of rounds correct it as they do any other."""
     machine = SharingMachine()
     rows = requests(16)
-    first = [
-        AutoGamma(StepTimes(machine.samples(shared=False), window), GAMMA_MAX, (BUDGET,)).choose(rows, shared)
-        for shared in (0, 15 * CONTEXT)
-    ]
+    model = DraftingModel(StepTimes(machine.samples(shared=False), window), (BUDGET,))
+    first = [AutoGamma([model], GAMMA_MAX).choose(rows, shared) for shared in (0, 15 * CONTEXT)]
     assert first[0] == first[1]
     assert any(first[0])
 

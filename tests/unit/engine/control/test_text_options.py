@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.control.auto import AutoGamma
+from engine.control.drafting_model import DraftingModel
 from engine.control.step_times import StepSample, StepTimes
 from engine.control.text_acceptance import JudgedProposal, TextAcceptance, TextAlpha
 from engine.control.text_options import _MANY, TextChooser, _powers_above
@@ -141,7 +142,7 @@ def samples(model: bool) -> list[StepSample]:
 def test_what_pays_is_found(model: bool, beta: float, text: bool) -> None:
     """Text that is copied is drafted from the text, and text that is not soon is no more, whatever its matches say."""
     times = StepTimes(samples(model), lambda context, budget: min(context, 512))
-    controller = AutoGamma(times, 3 if model else 0, [0], 512, 6)
+    controller = AutoGamma([DraftingModel(times, [0], 512)], 3 if model else 0, 6)
     assert controller.gamma_max == 6
     rows, rng = rows_of(2), random.Random(0)
     chosen: list[int] = []
@@ -200,7 +201,7 @@ def test_the_first_token_is_judged_apart() -> None:
 
 def test_proposals_that_are_not_drafted_are_judged() -> None:
     times = StepTimes(samples(True), lambda context, budget: min(context, 512))
-    controller = AutoGamma(times, 3, [0], 512, 6)
+    controller = AutoGamma([DraftingModel(times, [0], 512)], 3, 6)
     before = controller._text.alphas(["0"], [8])[0]
     for number in range(20):
         controller.choose(rows_of(1), 0, [Proposal([5, 6, 7, 8], 8)])

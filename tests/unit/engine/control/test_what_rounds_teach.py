@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from engine.control.auto import AutoGamma
+from engine.control.drafting_model import DraftingModel
 from engine.control.goodput import Batch, verify_bucket
 from engine.control.step_times import StepSample, StepTimes
 from engine.messages import AddRequest
@@ -22,7 +23,7 @@ def controller_of_text() -> AutoGamma:
         for context in (64, 256)
         for gamma in (0, 1, 8)
     ]
-    return AutoGamma(StepTimes(samples, lambda context, budget: context), 0, [0], None, 8)
+    return AutoGamma([DraftingModel(StepTimes(samples, lambda context, budget: context), [0])], 0, 8)
 
 
 def row_at(number: int, *, decodes: bool = True) -> Request:

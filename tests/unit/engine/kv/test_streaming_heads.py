@@ -13,6 +13,7 @@ from engine.config.deployment import ConfigError
 from engine.kv.streaming_heads import read_streaming_heads
 from engine.kv.target_quest import TargetQuestAttention
 from engine.params import SamplingParams
+from engine.scheduler.controller import DraftReads
 from kernels.attention.base import AttentionBackend, AttentionBatch
 from kernels.kv.kv_pool import LayerKV
 from tests.support.engines import TINY, complete, tiny_engine, tiny_model
@@ -67,7 +68,7 @@ def test_a_streaming_head_reads_sink_and_window_and_what_is_newer(tmp_path: Path
     target = {"policy": "quest", "budget": 8, "interval": 3, "sink": 4, "window": 12}
     target["heads"] = write_head_shares(tmp_path, SHARES)
     engine = tiny_engine(tiny_model(), gamma=gamma, page_size=PAGE, target_kv=target, cache={"prefix": False})
-    engine._stats._draft_tokens_read = lambda context, budget: 0
+    engine._stats._draft_reads = {None: DraftReads(lambda context, budget: 0)}
     attention = engine._worker._target.attention
     assert isinstance(attention, TargetQuestAttention)
     lists: list[tuple[list[int], list[int], list[list[int]]]] = []

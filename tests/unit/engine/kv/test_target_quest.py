@@ -18,6 +18,7 @@ from engine.kv.quest import QuestPolicy
 from engine.kv.target_quest import TargetQuestAttention
 from engine.messages import AddRequest, RequestOutput
 from engine.params import SamplingParams
+from engine.scheduler.controller import DraftReads
 from engine.speculation.drafters import SelfDrafter
 from kernels.attention.base import AttentionBatch
 from kernels.kv.kv_pool import LayerKV
@@ -276,7 +277,7 @@ def test_refusals(settings: dict[str, Any], message: str) -> None:
 def test_what_it_reads_is_counted(gamma: int, interval: int, budget: int, length: int) -> None:
     """The lists that attention gets are as long as the statistics say, and never longer than the log says."""
     engine = engine_of(gamma, budget * PAGE, interval, max_model_len=120, speculation={"kv": {"policy": "topk"}})
-    engine._stats._draft_tokens_read = lambda context, budget: 0
+    engine._stats._draft_reads = {None: DraftReads(lambda context, budget: 0)}
     attention = engine._worker._target.attention
     assert isinstance(attention, TargetQuestAttention)
     (lists,) = attention._patterns

@@ -9,6 +9,7 @@ import pytest
 from engine.messages import AddRequest
 from engine.params import SamplingParams
 from engine.plan import RoundPlan, RowWork
+from engine.scheduler.controller import DraftReads
 from engine.scheduler.request import Request
 from engine.scheduler.stats import StatsRecorder
 
@@ -32,10 +33,9 @@ def tokens_read(
         page_size=16,
         bytes_per_token=2,
         gamma_max=4,
-        draft_tokens_read=reads,
+        draft_reads={None: DraftReads(reads, share)},
         policy="window",
         draft_pages_per_row=0,
-        drafts_share=share,
     )
     requests, work = [], []
     for row in range(len(gammas) + prefilling):

@@ -4,10 +4,9 @@ float64, on tiny random models."""
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,9 @@ from engine.batch.runner import Runner
 from engine.config.deployment import ConfigError
 from engine.core import Engine
 from engine.messages import AddRequest
-from engine.ngram.ngram_drafts import Proposal
 from engine.params import SamplingParams
 from engine.plan import RoundPlan, RoundResult
-from engine.scheduler.controller import RowDrafts
-from engine.scheduler.request import Request
+from engine.scheduler.controller import Way
 from engine.scheduler.stats import acceptance_rate
 from models.batch import ForwardBatch
 from models.decoder import DecoderModel
@@ -336,20 +333,6 @@ def test_a_draft_model_as_it_pays(draft_dir: Path, policy: str) -> None:
     assert {id: tokens(out) for id, out in outputs.items()} == plain_texts()
 
 
-class Budgets(Scripted):
-    """Controller that cycles through several budgets, one per round."""
-
-    def __init__(self, gamma: int, budgets: Sequence[int]) -> None:
-        super().__init__([gamma] * 500)
-        self._budgets = cycle(budgets)
-
-    def choose(
-        self, rows: Sequence[Request], shared_tokens: int = 0, proposals: Sequence[Proposal] = ()
-    ) -> list[RowDrafts]:
-        self.budget = next(self._budgets)
-        return super().choose(rows)
-
-
 @pytest.mark.parametrize(
     ("drafter", "positions"),
     [
@@ -365,7 +348,7 @@ def test_windows_of_several_budgets(draft_dir: Path, drafter: str, positions: st
         "kv": {"policy": "window", "budget": 64, "sink": 4, "positions": positions},
     }
     engine = tiny_engine(model(), gamma="auto", max_model_len=400, speculation=speculation)  # type: ignore[arg-type]
-    engine._scheduler.controller = Budgets(3, [64, 32, 16])
+    engine._scheduler.controller = Scripted([3] * 500, [Way(64), Way(32), Way(16)])
     proposer: Any = engine._worker._drafter
     policy = proposer._drafter._policy
     read: list[int] = []

@@ -76,7 +76,7 @@ def test_rotary_tables_shrink_once_the_length_is_decided(
         "engine.worker.kv_memory.measure", lambda config, model: DeviceMemory(total=3 * 10**6, used=0, running=0)
     )
     worker = Worker.load(config, resolved, CPU, group, group)
-    drafting = worker._drafting_model
+    drafting = worker.draft.model
     assert drafting is not None
     assert 0 < worker.max_model_len < 10**4
     for model in (worker.model, drafting):

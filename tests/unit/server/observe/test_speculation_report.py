@@ -14,9 +14,9 @@ from server.observe.speculation_report import round_report
     ("drafted", "accepted", "from_text", "origins"),
     [
         (0, 0, 0, ["plain"]),
-        (3, 2, 0, ["accepted", "accepted", "bonus"]),
+        (3, 2, 0, ["self", "self", "bonus"]),
         (3, 2, 3, ["text", "text", "bonus"]),
-        (4, 3, 2, ["text", "text", "accepted", "bonus"]),
+        (4, 3, 2, ["text", "text", "self", "bonus"]),
         (4, 1, 2, ["text", "bonus"]),
         (2, 0, 2, ["bonus"]),
     ],

@@ -1,0 +1,198 @@
+"""A draft model and the target itself draft by turns, beside the text: nothing changes the output. In float64, on tiny
+random models."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from engine.batch.runner import Runner
+from engine.config.speculation import SpeculationConfig
+from engine.core import Engine
+from engine.messages import AddRequest
+from engine.params import SamplingParams
+from engine.scheduler.controller import Way
+from models.batch import ForwardBatch
+from tests.support.engines import Scripted, complete_all, run, tiny_engine, tiny_model, tokens
+from tests.support.profiles import examples, is_all, only_in_all
+from tests.support.workloads import EDGES, SAMPLING, kv_of, prompt_of
+
+POLICIES = [
+    ("window", "verified"),
+    ("quest", "snapkv"),
+    *(only_in_all("all", own) for own in ("window", "relative", "verified", "quest", "snapkv", "topk")),
+    *(only_in_all(policy, "quest") for policy in ("window", "relative", "snapkv", "topk")),
+]
+"""Policies of a draft model, and of the target beside it."""
+LONGEST_ANSWER = 60 if is_all() else 30
+
+
+def start(
+    draft_dir: Path, policy: str, own: str, *, gamma: Sequence[int], ways: Sequence[Way], **settings: Any
+) -> Engine:
+    """Start an engine with both drafters, whose rounds have these numbers of drafts and ways, in cycles."""
+    page = settings.setdefault("page_size", 4)
+    speculation = {
+        "gamma_max": 4,
+        "model": str(draft_dir),
+        "kv": kv_of(policy, page, 3),
+        "self_kv": kv_of(own, page, 4),
+    }
+    engine = tiny_engine(tiny_model(), gamma="auto", speculation=speculation, **settings)  # type: ignore[arg-type]
+    engine._scheduler.controller = Scripted([list(gamma)] * 2000, ways)
+    return engine
+
+
+@pytest.mark.parametrize(("policy", "own"), POLICIES)
+@given(data=st.data())
+@examples(3, 12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_nobody_who_drafts_changes_output(draft_dir: Path, policy: str, own: str, data: st.DataObject) -> None:
+    """Ragged batches that rows join and leave, chunked prompts, preemption, prefix hits, and drafters by turns of all
+    lengths."""
+    rng = random.Random(data.draw(st.integers(0, 1000)))
+    page_size = data.draw(st.sampled_from([1, 4, 8]))
+    turn = data.draw(st.integers(1, 7))
+    ways = [Way(0, rng.choice([None, "self"])) for _ in range(20) for _ in range(rng.randint(1, turn))]
+    engine = start(
+        draft_dir,
+        policy,
+        own,
+        gamma=[rng.choice([0, 4, rng.randint(0, 4)]) for _ in range(5)],
+        ways=ways,
+        page_size=page_size,
+        max_model_len=200,
+        cache={"num_pages": data.draw(st.sampled_from([None, 200 // page_size + 4])), "prefix": rng.random() < 0.5},
+        scheduler={"max_batch_tokens": data.draw(st.sampled_from([9, 40, 64]))},
+    )
+    plain = tiny_engine(tiny_model(), gamma=0, page_size=16, max_model_len=200)
+    requests, joins, leaves = [], {}, {}
+    for i in range(rng.randrange(1, 7)):
+        params = SamplingParams(
+            max_tokens=rng.randrange(1, LONGEST_ANSWER),
+            seed=i,
+            max_draft_tokens=rng.choice([None, None, None, 0, 2]),
+            ignore_eos=rng.random() < 0.7,
+            **rng.choice(SAMPLING),
+        )
+        requests.append(AddRequest(str(i), prompt_of(rng.choice(EDGES), rng.randrange(9)), params))
+        joins[str(i)] = rng.randrange(12)
+        if rng.random() < 0.2:
+            leaves[str(i)] = joins[str(i)] + rng.randrange(9)
+    outputs = run(engine, requests, joins=joins, leaves=leaves)
+    oracle = complete_all(plain, requests)
+    for request in requests:
+        expected, got = oracle[request.id], tokens(outputs[request.id])
+        assert got == (expected[: len(got)] if request.id in leaves else expected)
+
+
+def drafted_by(engine: Engine, patch: pytest.MonkeyPatch) -> list[str]:
+    """Record which model each later forward of one drafted token is of."""
+    both: Any = engine._worker._drafter
+    names = {id(both._drafter._model._runner): "model", id(both._drafter._own._runner): "self"}
+    found, forward = [], Runner.forward
+
+    def named(runner: Runner, batch: ForwardBatch) -> Tensor:
+        if name := names.get(id(runner)):
+            found.append(name)
+        return forward(runner, batch)
+
+    patch.setattr(Runner, "forward", named)
+    return found
+
+
+def one_row(tokens: int) -> AddRequest:
+    return AddRequest(
+        "0", prompt_of(50, 1), SamplingParams(max_tokens=tokens, temperature=1.0, seed=3, ignore_eos=True)
+    )
+
+
+@pytest.mark.parametrize("first", [None, "self"])
+def test_the_plan_says_who_drafts(draft_dir: Path, first: Any) -> None:
+    """Outputs and statistics name the draft model where it drafted, and the drafts are those of the model named."""
+    ways = [Way(0, first)] * 6 + [Way(0, None if first == "self" else "self")] * 6
+    engine = start(draft_dir, "window", "window", gamma=[2], ways=ways, max_model_len=300)
+    with pytest.MonkeyPatch.context() as patch:
+        found = drafted_by(engine, patch)
+        (outputs,) = run(engine, [one_row(60)]).values()
+    drafting = [output for output in outputs if output.drafted]
+    assert found == ["model" if output.by_model else "self" for output in drafting for _ in range(output.drafted)]
+    stats = engine.stats()
+    by_model = [output for output in drafting if output.by_model]
+    assert 0 < len(by_model) < len(drafting)
+    assert stats.model_draft_tokens == sum(output.drafted for output in by_model)
+    assert stats.model_accepted_tokens == sum(output.accepted for output in by_model)
+    assert 0 < stats.model_draft_tokens < stats.draft_tokens
+
+
+def test_a_draft_model_computes_nothing_while_the_target_drafts(draft_dir: Path) -> None:
+    ways = [Way(0, "self")] * 15 + [Way()] * 100
+    engine = start(draft_dir, "all", "window", gamma=[2], ways=ways, max_model_len=300)
+    both: Any = engine._worker._drafter
+    computed = []
+    forward = Runner.forward
+
+    def counted(runner: Runner, batch: ForwardBatch) -> Tensor:
+        if runner.model is both._drafter._model._runner.model:
+            computed.append(len(batch.token_ids))
+        return forward(runner, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Runner, "forward", counted)
+        outputs = run(engine, [one_row(80)])["0"]
+    before = [output for output in outputs if output.drafted and not output.by_model]
+    assert len(before) == 15
+    assert sum(computed) > 50 + sum(len(output.tokens) for output in before)  # it caught up on all of them
+
+
+def test_verify_passes_vote_whoever_drafts(draft_dir: Path) -> None:
+    """The target's drafts choose by what it looked at in the draft model's rounds."""
+    engine = start(draft_dir, "window", "verified", gamma=[3], ways=[Way()], max_model_len=300)
+    both: Any = engine._worker._drafter
+    run(engine, [one_row(40)])
+    choice = both._drafter._own._policy._choice
+    assert choice.ends.max() * 4 > 50 + 40 - 10
+
+
+def test_settings_of_both() -> None:
+    both = SpeculationConfig.model_validate({"model": "draft", "kv": {"budget": 64, "sink": 4}})
+    assert list(both.by_drafter) == ["model", "self"]
+    assert both.by_drafter["model"] is both
+    own = both.by_drafter["self"]
+    assert (own.model, own.draft_model, own.drafting_model, own.kv.budget) == (None, None, "self", 64)
+    assert own.max_model_drafts == both.max_model_drafts
+    assert list(own.by_drafter) == ["self"]
+    for fewer in (
+        {"gamma": 3},
+        {"drafter": "model"},
+        {"gamma": 0},
+        {"model": None},
+        {"drafter": "ngram", "model": None},
+    ):
+        assert len(both.model_copy(update=fewer).by_drafter) < 2
+    of_all = SpeculationConfig.model_validate({"model": "draft", "kv": {"policy": "all"}})
+    assert of_all.by_drafter["self"].kv.budget == 512
+
+
+def test_settings_that_do_not_fit(draft_dir: Path) -> None:
+    def engine(**speculation: Any) -> Engine:
+        return tiny_engine(tiny_model(), gamma="auto", speculation=speculation)  # type: ignore[arg-type]
+
+    own = {"policy": "window", "budget": 30}
+    with pytest.raises(ValueError, match="self_kv is of a target that drafts beside a draft model"):
+        engine(self_kv=own)
+    with pytest.raises(ValueError, match=r"budget \(30\) must be a multiple of cache.page_size \(4\)"):
+        engine(model=str(draft_dir), self_kv=own)
+    with pytest.raises(ValueError, match="verified chooses by what the target reads"):
+        tiny_engine(
+            tiny_model(),
+            gamma="auto",  # type: ignore[arg-type]
+            speculation={"model": str(draft_dir), "self_kv": {"policy": "verified", "budget": 8, "sink": 4}},
+            target_kv={"policy": "quest", "budget": 8},
+        )
