@@ -17,6 +17,7 @@ import msgspec
 import torch
 
 from engine.config.deployment import EngineConfig
+from engine.config.speculation import Source
 from engine.messages import FINISH_ABORT, RETRY_MEMORY, AddRequest, EngineState, EngineStats, Ready, RequestOutput
 from engine.oom import OutOfMemory
 from engine.plan import RoundPlan, RoundResult, WeightStep
@@ -138,10 +139,13 @@ class Engine:
         """This rank's worker; there is none while the engine is asleep."""
         return self._owner.worker
 
-    def make_controller(self) -> Controller:
-        """Make the controller that the config describes. Call it only while there are no requests, since it may measure
-        rounds."""
-        return make_controller(self._config, self._resolved, self._worker, self.profiler)
+    def make_controller(self, drafter: Source | None = None) -> Controller:
+        """Make the controller that the config describes, or that of a drafter which is part of it. Call it only while
+        there are no requests, since it may measure rounds."""
+        config, speculation = self._config, self._config.speculation
+        if drafter is not None:
+            config = config.model_copy(update={"speculation": speculation.model_copy(update={"drafter": drafter})})
+        return make_controller(config, self._resolved, self._worker, self.profiler)
 
     @property
     def _shared_stretch(self) -> int:

@@ -49,6 +49,10 @@ class InterleavedController:
     def gamma_max(self) -> int:
         return self._gamma_max
 
+    @property
+    def takes_text(self) -> bool:
+        return self.auto.takes_text if self.gamma == "auto" else self.gamma > 0
+
     def begin_round(self) -> None:
         self.auto.begin_round()
 

@@ -44,7 +44,7 @@ from bench.machine import CpuQuota, busy, describe_processor, first_cores
 from bench.paper.forecast_report import check_plotting
 from bench.peers.compare_plan import CHECK_PROMPTS, ChatShape, Plan, parse_points, parse_temperatures
 from bench.peers.compare_report import ComparisonReport, plot, repeated_grams, table
-from bench.peers.contenders import CONTENDERS, Peer, choose, quantized, variant
+from bench.peers.contenders import CONTENDERS, Peer, choose, largest_share, quantized, variant
 from bench.peers.install import peers_dir
 from bench.peers.lineup import Start, start_contenders, starter
 from bench.peers.measure import check, measure_chat, measure_first, measure_point
@@ -82,7 +82,7 @@ def run(
         processor=describe_processor(),
         date=date.today().isoformat(),
     )
-    cores = first_cores(plan.busy)
+    cores, sharing = first_cores(plan.busy), largest_share(contenders) if plan.one_prefill else 1
     points = [(batch, context, cut(batch, context, plan.shared)) for batch, context in plan.points]
     started = start_contenders(contenders, start, say, one_prefill=plan.one_prefill)
     with started as lineup, contextlib.ExitStack() as neighbours:
@@ -92,7 +92,7 @@ def run(
         neighbours.enter_context(busy(cores))
         for batch, context, prompts in points:
             say(f"batch {batch}, context {context} …")
-            limit = plan.row_tokens(batch, context, settings["row_tokens"]) - context
+            limit = plan.row_tokens(batch, context, settings["row_tokens"], sharing) - context
             report.points += measure_point(lineup, prompts, limit, plan)
             say(table(report, only=(batch, context)))
         report.prompts_repeated = repeated_grams([prompt for *_, prompts in points for prompt in prompts])
@@ -151,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--one-prefill",
         action="store_true",
-        help="let magicdec without drafts, and with them, take turns on the same rows, to save time and memory",
+        help="let magicdec with different drafters, and without, take turns on the same rows, to save time and memory",
     )
     parser.add_argument(
         "--threads", type=int, help="threads of each contender; default: all CPUs, or as the quota says"
@@ -230,7 +230,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if plan.quota is not None:
             CpuQuota(plan.quota).close()
         model = resolve_model(given.model)
-        settings = plan.settings(model, read_config(model), threads)
+        turns = largest_share(contenders) if plan.one_prefill else 1
+        settings = plan.settings(model, read_config(model), threads, turns)
         cut = cutter(given.task, Tokenizer(model), read_text(given.text))
         with tempfile.TemporaryDirectory(prefix="magicdec-compare-") as logs:
             start = starter(

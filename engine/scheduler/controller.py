@@ -66,6 +66,11 @@ class Controller(Protocol):
         """Largest number of drafts per row and round."""
         ...
 
+    @property
+    def takes_text(self) -> bool:
+        """Whether it may choose drafts that were found in text. If not, nobody searches."""
+        ...
+
     def begin_round(self) -> None:
         """Begin a round, with decoding rows or without. A choice that was not observed is of a round that failed: it is
         dropped, and teaches nothing."""
@@ -131,6 +136,10 @@ class FixedGamma:
     @property
     def gamma_max(self) -> int:
         return self._gamma
+
+    @property
+    def takes_text(self) -> bool:
+        return self._gamma > 0
 
     def begin_round(self) -> None:
         """Do nothing: no choice is kept."""

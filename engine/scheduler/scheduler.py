@@ -176,14 +176,15 @@ class Scheduler:
         share = spare // len(rows)
         planned, catch_up_left = 0, self._max_batch_tokens
         self.shared_tokens = self._kv.shared_tokens
-        proposals = [NO_PROPOSAL] * len(rows) if self._ngrams is None else self._ngrams.propose(rows, share)
+        ngrams = self._ngrams if self.controller.takes_text else None
+        proposals = [NO_PROPOSAL] * len(rows) if ngrams is None else ngrams.propose(rows, share)
         choices = self.controller.choose(rows, self.shared_tokens, proposals)
         plan.budget, plan.drafter = self.controller.way
         by_model = self._draft_kv and plan.drafter != "self"
         for request, proposal, choice in zip(rows, proposals, choices, strict=True):
             proposed = proposal.tokens[: choice.proposed]
-            if self._ngrams is not None:
-                self._ngrams.record(request, proposal, bool(proposed))
+            if ngrams is not None:
+                ngrams.record(request, proposal, bool(proposed))
             gamma = max(0, min(len(proposed) + choice.model, share, request.max_draft_tokens))
             catch_up = 0
             if gamma > len(proposed) and by_model and request.needs_catch_up:

@@ -79,6 +79,7 @@ class Scripted:
         self.gamma_max = max(each if isinstance(each, int) else max(each) for each in gammas)
         self._ways, self.way, self.report = cycle(ways), Way(), ControllerReport()
         self._turns = count()
+        self.takes_text = True
 
     def begin_round(self) -> None:
         pass

@@ -22,8 +22,8 @@ each on average. `complete` generates exactly n tokens per row, as a server does
 memory, and with it what the contender knows of this prompt, for the next `turn`; `room`: tokens of the longest one and
 its answer. `temperature`: of sampling, without truncation; 0: greedy. `tokens` are the new tokens of this request, by
 row. Seconds cover the steps only, not the allocation and release of memory. A failed request is answered by
-{"error": "..."}; the next `start` or `complete` begins afresh, and so does a `turn` after `stop`. A request to magicdec
-may have `plain`: whether it leaves out its drafts, from this request on.
+{"error": "..."}; the next `start` or `complete` begins afresh, and so does a `turn` after `stop`. Where `modes` of
+the settings lists several, requests to magicdec have the `mode` that it drafts in.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ class Driver:
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """Answer one request. Raises ValueError for a bad request, and whatever the peer raises."""
         op = request["op"]
-        if "plain" in request:
-            self._peer.plain = request["plain"]  # type: ignore[attr-defined]
+        if "mode" in request:
+            self._peer.mode = request["mode"]  # type: ignore[attr-defined]
         if op == "start":
             first_s, tokens = self._start(request["prompts"], request["limit"], request["temperature"], together=True)
             return {"first_token_s": first_s, "tokens": tokens}

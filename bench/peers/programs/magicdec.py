@@ -11,6 +11,7 @@ from engine.config.deployment import EngineConfig, load_config
 from engine.core import Engine
 from engine.messages import AddRequest
 from engine.params import SamplingParams
+from engine.scheduler.controller import Controller
 from engine.worker.resolve import resolve, threads_per_rank
 from engine.worker.weight_choice import target_weights
 
@@ -21,11 +22,12 @@ class Peer:
         self._config = self._configure()
         self._engine: Engine | None = None
         self._controller = self._make_controller()
+        self._controllers: dict[str, Controller] = {}
         self._waiting: set[int] = set()
         self._prompts: Sequence[Sequence[int]] = []
         self._temperature = 0.0
-        self.plain = False
-        """Whether rounds have no drafts."""
+        self.mode = ""
+        """Drafter of the next rounds, one of the settings' `modes`, or off; without such, as the config says."""
         self.max_batch = None
         gamma = self._config.speculation.gamma
         self.about = f"magicdec, {self._formats()}, gamma {gamma}, {threads_per_rank(self._config)} threads"
@@ -59,6 +61,13 @@ class Peer:
         speculation = self._config.speculation
         return InterleavedController(speculation.max_draft_tokens, model=speculation.max_model_drafts > 0)
 
+    def _make_controllers(self) -> None:
+        """Make the controller of the config, and one for each mode, which learns from its own rounds alone."""
+        assert self._engine is not None
+        modes = [mode for mode in self._settings["modes"] if mode != "off"]
+        self._controllers = {"": self._engine.make_controller()}
+        self._controllers |= {mode: self._engine.make_controller(mode) for mode in modes}
+
     def prepare(self, rows: int, row_tokens: int, temperature: float) -> None:
         self._temperature = temperature
         page, longest = self._config.cache.page_size, self._settings["row_tokens"]
@@ -69,7 +78,7 @@ class Peer:
         config = self._config.model_copy(update={"cache": cache, "max_model_len": longest})
         self._controller = self._make_controller()
         self._engine = Engine(config, controller=self._controller, progress=False)
-        self._controller.auto = self._engine.make_controller()
+        self._make_controllers()
         self._engine.profiler.fill()  # allocates the pool, which other engines have done by now
 
     def start(self, prompts: Sequence[Sequence[int]], limit: int, *, together: bool) -> None:
@@ -90,7 +99,7 @@ class Peer:
     def again(self, limit: int, temperature: float) -> None:
         assert self._engine is not None
         self._engine.abort([str(row) for row in range(len(self._prompts))])
-        self._controller.auto = self._engine.make_controller()
+        self._make_controllers()
         self._temperature = temperature
         self.start(self._prompts, limit, together=True)
 
@@ -98,9 +107,9 @@ class Peer:
         assert self._engine is not None
         if not self._engine.has_work():
             raise RuntimeError("all rows are at their end")
-        self._controller.gamma = (
-            0 if self._waiting or self.plain else "auto"
-        )  # auto: as the config says, from make_controller
+        self._controller.auto = self._controllers.get(self.mode, self._controllers[""])
+        # auto: as that controller says
+        self._controller.gamma = 0 if self._waiting or self.mode == "off" else "auto"
         outputs = self._engine.step()
         if failed := [output.error for output in outputs if output.error is not None]:
             raise RuntimeError(failed[0])

@@ -17,7 +17,7 @@ from tests.support.tiny import write_model
 
 
 def magicdec(contender: Peer, model: Path) -> Any:
-    settings = {"model": str(model), "threads": 1, "rows": 2, "row_tokens": 200, "keep_prompts": False}
+    settings = {"model": str(model), "threads": 1, "rows": 2, "row_tokens": 200, "keep_prompts": False, "modes": ()}
     return load_peer(str(PEERS / "magicdec.py"), {**settings, "options": contender.options})
 
 

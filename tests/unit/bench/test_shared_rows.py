@@ -1,0 +1,156 @@
+"""Contenders that take turns on the same rows: one process, whose requests name the drafter."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.peers.compare import run
+from bench.peers.compare_plan import Plan
+from bench.peers.compare_report import table
+from bench.peers.contenders import Peer, choose, largest_share, share_rows, variant
+from bench.peers.lineup import Start
+from bench.peers.process import PEERS, PeerProcess
+from bench.peers.programs.driver import load_peer
+from tests.support.tiny import write_model
+
+DRAFTERS = "magicdec off,magicdec auto,magicdec ngram,magicdec together"
+
+TELLS = '''
+class Peer:
+    """Row r's tokens are consecutive numbers, and its log says what was asked."""
+
+    max_batch, about, mode = None, "tells", "nobody"
+
+    def __init__(self, settings):
+        print("modes", *settings["modes"])
+
+    def prepare(self, rows, row_tokens, temperature):
+        pass
+
+    def start(self, prompts, limit, *, together):
+        print("start", self.mode)
+        self.rows = [0] * len(prompts)
+
+    def again(self, limit, temperature):
+        print("again", self.mode)
+        self.rows = [0] * len(self.rows)
+
+    def step(self):
+        print("step", self.mode)
+        self.rows = [count + 1 for count in self.rows]
+        return [(row, [count]) for row, count in enumerate(self.rows)]
+
+    def stop(self):
+        pass
+'''
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    peer = tmp_path / "peer.py"
+    peer.write_text(TELLS)
+    with ExitStack() as stack:
+
+        def start_one(contender: Peer) -> PeerProcess:
+            settings = {"threads": 1, "row_tokens": 4000, "options": {}, "modes": contender.modes}
+            log = tmp_path / f"{contender.name}.log"
+            process = PeerProcess(Path(sys.executable), peer, settings, log=log, timeout_s=60)
+            stack.callback(process.close)
+            return process
+
+        yield start_one
+
+
+def test_who_shares_rows() -> None:
+    """Contenders that differ in the drafter alone share rows; one that drafts in several ways serves the others."""
+    int8 = "magicdec int8 KV off,magicdec int8 KV auto"
+    other = variant("wide: speculation.gamma=auto speculation.kv.budget=1024 weights=dense")
+    fixed = variant("three: speculation.gamma=3 speculation.drafter=self weights=dense")
+    contenders = choose(f"{DRAFTERS},{int8},vllm", [other, fixed])
+    found = {name: (owner.name, list(owner.modes)) for name, owner in share_rows(contenders).items()}
+    together = "magicdec together", ["off", "self", "ngram", "together"]
+    assert found == {
+        **dict.fromkeys(DRAFTERS.split(","), together),
+        **dict.fromkeys(int8.split(","), ("magicdec int8 KV auto", ["off", "self"])),
+        "wide": ("wide", ["together"]),
+    }
+    assert largest_share(contenders) == 4
+    # Without the one of several ways, only plain decoding is on another's rows.
+    fewer = share_rows(choose("magicdec off,magicdec auto,magicdec ngram", []))
+    assert {name: owner.name for name, owner in fewer.items()} == {
+        "magicdec off": "magicdec auto",
+        "magicdec auto": "magicdec auto",
+    }
+    assert share_rows(choose("magicdec off", [])) == {}
+
+
+def test_rows_are_prefilled_once_and_decoded_by_turns(start: Start, tmp_path: Path) -> None:
+    plan = Plan(
+        [(2, 20)],
+        first=0,
+        warm_up=1,
+        new_tokens=2,
+        rounds=2,
+        totals=0,
+        separately=True,
+        temperatures=(0.0, 1.0),
+        keep_prompts=True,
+        one_prefill=True,
+    )
+    contenders = choose("magicdec off,magicdec auto,llama.cpp bf16", [])
+    settings = {"threads": 1, "row_tokens": 4000}
+    report = run(contenders, start, plan, lambda n, m, s: [[1] * m] * n, settings, lambda line: None)
+    assert sorted(file.stem for file in tmp_path.glob("*.log")) == ["llama.cpp bf16", "magicdec auto"]
+    lines = (tmp_path / "magicdec auto.log").read_text().splitlines()
+    assert lines[0] == "modes off self"
+    lines = lines[lines.index("start self", lines.index("start self") + 1) :]  # after the check
+    prefill, warm_up, off, auto = ["step self"], ["step self"], ["step off"] * 2, ["step self"] * 2
+    turns = prefill + warm_up + off + auto + auto + off
+    assert lines == ["start self", *turns, "again self", *turns]
+    assert (tmp_path / "llama.cpp bf16.log").read_text().split()[0] == "modes"
+    points = {(point.contender, point.temperature): point for point in report.points}
+    assert {len(point.step_ms) for point in points.values()} == {2}
+    assert points["magicdec off", 0.0].prefill_s == points["magicdec auto", 0.0].prefill_s
+    assert points["magicdec off", 0.0].same == 1
+    assert "on the rows of magicdec auto, drafts: off" in table(report)
+
+
+def test_rows_have_room_for_all_turns() -> None:
+    plan = Plan([(1, 100)], first=0, warm_up=0, new_tokens=10, rounds=2, totals=0)
+    assert plan.row_tokens(1, 100, 500, 3) - plan.row_tokens(1, 100, 500) == 2 * 2 * 2 * 10
+
+
+def test_magicdec_drafts_as_it_is_asked(tmp_path: Path) -> None:
+    """The text goes on whoever drafts, and nobody else drafts."""
+    modes = ["off", "self", "ngram", "together"]
+    settings = {"model": str(write_model(tmp_path)), "threads": 1, "rows": 2, "row_tokens": 400, "seed": 0}
+    owner = share_rows(choose(DRAFTERS, []))["magicdec off"]
+    settings |= {"options": dict(owner.options), "modes": owner.modes, "keep_prompts": True}
+    texts: dict[str, list[int]] = {}
+    for order in (["off"], modes):
+        peer: Any = load_peer(str(PEERS / "magicdec.py"), settings)
+        peer.prepare(1, 300, 0.0)
+        peer.start([[5, 6, 7, 8] * 10], 200, together=True)
+        text: list[int] = []
+        counts = []
+        while len(text) < 160:
+            peer.mode = order[len(text) // 4 % len(order)]
+            before = peer._engine.stats()
+            text += [token for _, new in peer.step() for token in new]
+            after = peer._engine.stats()
+            drafted = after.draft_tokens - before.draft_tokens
+            counts.append((peer.mode, drafted > 0, after.text_draft_tokens - before.text_draft_tokens == drafted))
+        texts["".join(order)] = text[:160]
+        assert not any(drafted for mode, drafted, _ in counts if mode == "off")
+        if len(order) > 1:
+            assert {from_text for mode, drafted, from_text in counts if mode == "ngram" and drafted} == {True}
+            assert not any(from_text for mode, drafted, from_text in counts if mode == "self" and drafted)
+            assert {mode for mode, drafted, _ in counts if drafted} >= {"ngram"}
+        peer.stop()
+    assert len({tuple(text) for text in texts.values()}) == 1
