@@ -200,7 +200,7 @@ def profile(profiler: Profiler, config: EngineConfig) -> list[StepSample]:
     max_gamma = min(config.speculation.max_draft_tokens, profiler.max_draft_tokens)
     models = min(config.speculation.max_model_drafts, max_gamma)
     gammas = sorted({gamma for gamma in (*_GAMMAS, models) if gamma < max_gamma} | {max_gamma})
-    some = max([gamma for gamma in gammas if gamma <= _GAMMAS[-1]])  # that the second of two models is timed with
+    some = max([gamma for gamma in gammas if gamma <= min(models, _GAMMAS[-1])])  # of the second of two models
     longest = profiler.max_context
     began = time.perf_counter()
     samples: list[StepSample] = []

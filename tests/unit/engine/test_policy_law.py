@@ -54,11 +54,12 @@ def small_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Restless(FixedGamma):
-    """Controller under which every round has another budget, and every row another number of drafts and reading."""
+    """Controller under which every round has another budget and drafter, and every row another number of drafts and
+    reading."""
 
-    def __init__(self, rng: random.Random, gamma_max: int, budgets: Sequence[int]) -> None:
+    def __init__(self, rng: random.Random, gamma_max: int, ways: Sequence[Way]) -> None:
         super().__init__(gamma_max)
-        self._rng, self._budgets = rng, budgets or [0]
+        self._rng, self._ways = rng, ways
         self.report = ControllerReport()
         self._plain = 0
 
@@ -66,7 +67,7 @@ class Restless(FixedGamma):
         self, rows: Sequence[Request], shared_tokens: int = 0, proposals: Sequence[Proposal] = ()
     ) -> list[RowDrafts]:
         """Choose at random, with plain phases that are longer than any policy's patience."""
-        self.way = Way(self._rng.choice(self._budgets))
+        self.way = self._rng.choice(self._ways)
         if self._plain == 0 and self._rng.random() < 0.05:
             self._plain = 20
         self._plain = max(0, self._plain - 1)
@@ -92,7 +93,7 @@ def settings_of(draw: st.DrawFn, policy: str, page: int, drafter: str) -> dict[s
     elif policy == "snapkv":
         kv |= {"recent": draw(st.integers(1, pages - 1)) * page, "queries": draw(st.integers(1, 20))}
         kv |= {"kernel": draw(st.sampled_from([1, 3, 5]))}
-        kv["reselect"] = draw(st.sampled_from([None, 0, 1, 7])) if drafter == "self" else None
+        kv["reselect"] = draw(st.sampled_from([None, 0, 1, 7])) if drafter != "model" else None
     elif policy == "topk":
         kv["budget"] = draw(st.integers(1, 40))
     else:
@@ -104,9 +105,9 @@ def settings_of(draw: st.DrawFn, policy: str, page: int, drafter: str) -> dict[s
 class Case:
     """Settings of an engine, and the load that it gets.
 
-    drafter: self, or model. controlled: whether a controller changes gamma from row to row and round to round. spare:
-    pages of the pool beyond those of one request of maximum length; None: there are enough for all. cut: whether rounds
-    end early.
+    drafter: self, model, or both, of which `kv` is that of the target's drafts. controlled: whether a controller
+    changes gamma from row to row and round to round. spare: pages of the pool beyond those of one request of maximum
+    length; None: there are enough for all. cut: whether rounds end early.
     """
 
     page: int
@@ -127,6 +128,8 @@ class Case:
         speculation: dict[str, Any] = {"kv": self.kv, "gamma_max": 5}
         if self.drafter == "model":
             speculation |= {"drafter": "model", "model": str(draft)}
+        elif self.drafter == "both":
+            speculation |= {"model": str(draft), "self_kv": self.kv, "kv": {"budget": 2 * self.page, "sink": 1}}
         pages = 900 if self.spare is None else -(-LONGEST // self.page) + self.spare
         with pytest.MonkeyPatch.context() as patch:
             samples = [StepSample(1, 64, gamma, 0.001 * gamma, 0.01) for gamma in (0, 1, 5)]
@@ -142,10 +145,13 @@ class Case:
                 max_model_len=LONGEST,
             )
         if self.controlled:
-            settings = engine._config.speculation
-            budgets = settings.kv_budgets(self.page)
-            assert all(budgets)
-            engine._scheduler.controller = Restless(random.Random(self.seed), settings.max_draft_tokens, budgets)
+            settings, names = engine._config.speculation, (None, "self")
+            ways = [
+                Way(budget, name)  # type: ignore[arg-type]
+                for name, each in zip(names, settings.by_drafter.values(), strict=False)
+                for budget in each.kv_budgets(self.page) or [0]
+            ]
+            engine._scheduler.controller = Restless(random.Random(self.seed), settings.max_draft_tokens, ways)
         return engine
 
     def turns(self) -> list[Turn]:
@@ -157,8 +163,8 @@ class Case:
 @st.composite
 def cases(draw: st.DrawFn, policy: str, drafters: Sequence[str] = ("self",)) -> Case:
     page = draw(st.sampled_from([1, 2, 3, 4, 8, 16]))
-    gamma = draw(st.integers(1, 6) | st.just("auto"))
     drafter = draw(st.sampled_from(drafters))
+    gamma = "auto" if drafter == "both" else draw(st.integers(1, 6) | st.just("auto"))
     return Case(
         page=page,
         gamma=gamma,
@@ -202,7 +208,7 @@ def constrained(turns: Sequence[Turn], rng: random.Random) -> list[Turn]:
 def test_no_policy_changes_output(tokenizer_dir: Path, small_dir: Path, policy: str, data: st.DataObject) -> None:
     """Ragged batches of conversations that join, share, branch and leave, with chunked prompts, preemption, rounds that
     end early, and every way to sample."""
-    case = data.draw(cases(policy, ("self",) if policy == "verified" else ("self", "self", "model")))
+    case = data.draw(cases(policy, ("self", "both") if policy == "verified" else ("self", "both", "model")))
     engine = case.engine(model(), tokenizer_dir, small_dir)
     settings: dict[str, Any] = {"cache": {"prefix": False}, "scheduler": {"max_rows": 16}, "max_model_len": LONGEST}
     plain = tiny_engine(model(), gamma=0, page_size=16, directory=tokenizer_dir, **settings)

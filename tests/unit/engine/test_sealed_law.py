@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from engine.core import Engine
 from engine.messages import AddRequest
 from engine.params import SamplingParams
+from engine.scheduler.controller import Way
 from engine.speculation.drafters import SelfDrafter
 from kernels.kv.kv_bits import SEALED_GROUP
 from tests.support.conversations import check_answers, check_hits, crowd, play, random_turns
@@ -25,6 +26,8 @@ from tests.support.workloads import prompt_of
 
 LONGEST = 5 * SEALED_GROUP + 20
 FORMATS = ("int8", "int4x2")
+WAYS = [Way(), Way(), Way(0, "self"), Way(0, "self"), Way(0, "self")]
+"""Of rounds in which either a draft model or the target drafts."""
 POLICIES: dict[str, dict[str, Any]] = {
     "all": {"policy": "all"},
     "window": {"policy": "window", "budget": 2 * SEALED_GROUP, "sink": 4},
@@ -45,20 +48,24 @@ def target(exact: bool) -> Any:
 def engine_of(
     exact: bool,
     kv_format: str,
-    gamma: int,
+    gamma: int | str,
     policy: str = "all",
     draft: Path | None = None,
     drafter: str = "self",
     **settings: Any,
 ) -> Engine:
     speculation: dict[str, Any] = {"kv": POLICIES[policy], "drafter": drafter}
-    if draft is not None and gamma:
+    if draft is not None and drafter == "both":
+        own = {"drafter": "together", "model": str(draft), "self_kv": POLICIES[policy], "gamma_max": gamma or 1}
+        gamma = "auto" if gamma else 0
+        speculation |= own | {"kv": POLICIES["window"]}
+    elif draft is not None and gamma:
         speculation |= {"drafter": "model", "model": str(draft)}
     cache = {"format": kv_format, "num_pages": 100, "memory_gb": None} | settings.pop("cache", {})
     scheduler = {"max_rows": 5, "max_batch_tokens": 600} | settings.pop("scheduler", {})
     return tiny_engine(
         target(exact),
-        gamma=gamma,
+        gamma=gamma,  # type: ignore[arg-type]
         page_size=SEALED_GROUP,
         speculation=speculation,
         cache=cache,
@@ -83,7 +90,7 @@ def plain(exact: bool, kv_format: str) -> Engine:
     ],
 )
 @given(
-    drafter=st.sampled_from(["self", "together", "model"]),
+    drafter=st.sampled_from(["self", "together", "model", "both"]),
     seed=st.integers(0, 2**32),
     gamma=st.sampled_from([0, 1, 4]),
     varying=st.booleans(),
@@ -116,13 +123,13 @@ def test_sealed_pages_read_the_same_whatever_else_happens(
         kv_format,
         gamma,
         policy,
-        draft_dir if drafter == "model" else None,
+        draft_dir if drafter in ("model", "both") else None,
         "self" if drafter == "model" else drafter,
         cache={"num_pages": pages},
         scheduler={"max_batch_tokens": batch_tokens},
     )
     if varying and gamma >= max(map(max, VARYING)):
-        engine._scheduler.controller = Scripted(VARYING * 400)
+        engine._scheduler.controller = Scripted(VARYING * 400, WAYS if drafter == "both" else [Way()])
     rng = random.Random(seed)
     if cut:
         trouble(engine, rng)

@@ -18,6 +18,7 @@ from engine.core import Engine
 from engine.messages import AddRequest
 from engine.ngram.text_store import build_store, fingerprint
 from engine.params import SamplingParams
+from engine.scheduler.controller import Way
 from models.decoder import DecoderModel
 from tests.support.engines import TINY, Scripted, complete, complete_all, run, tiny_engine, tiny_model, tokens
 from tests.support.profiles import examples, is_all, only_in_all
@@ -28,11 +29,13 @@ WAYS = [
     ("ngram", None, "window"),
     *(("together", None, policy) for policy in ("relative", "verified")),
     ("together", "model", "snapkv"),
+    ("together", "both", "window"),
     *(only_in_all("together", None, policy) for policy in ("window", "quest", "snapkv", "topk", "all")),
     *(only_in_all("together", "model", policy) for policy in ("window", "relative", "quest", "all")),
+    *(only_in_all("together", "both", policy) for policy in ("snapkv", "quest")),
 ]
-"""Drafters, whether there is a draft model, and policies of its drafts. test_drafters has the others without drafts
-from the text."""
+"""Drafters, whether there is a draft model, or both it and the target draft, and policies of their drafts.
+test_drafters has the others without drafts from the text."""
 
 
 @cache
@@ -80,10 +83,12 @@ def test_output_is_unchanged(
         speculation["model"] = str(draft_dir)
     if data.draw(st.booleans()):
         speculation["store"] = str(store)
+    if drafts == "both":
+        speculation |= {"gamma_max": 6, "self_kv": speculation["kv"]}
     engine = tiny_engine(
         model(),
         directory=tokenizer_dir,
-        gamma=6,
+        gamma="auto" if drafts == "both" else 6,  # type: ignore[arg-type]
         page_size=page_size,
         max_model_len=200,
         cache={"num_pages": pages, "prefix": data.draw(st.booleans())},
@@ -91,7 +96,8 @@ def test_output_is_unchanged(
         speculation=speculation,
     )
     if drafter == "together" and max(map(max, gammas)):
-        engine._scheduler.controller = Scripted(gammas * 400)
+        ways = [Way(), Way(0, "self"), Way(0, "self")] if drafts == "both" else [Way()]
+        engine._scheduler.controller = Scripted(gammas * 400, ways)
     plain = tiny_engine(model(), gamma=0, page_size=16, max_model_len=200)
     rng = random.Random(data.draw(st.integers(0, 1000)))
     requests, joins = [], {}

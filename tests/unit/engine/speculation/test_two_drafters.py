@@ -15,6 +15,7 @@ from torch import Tensor
 
 from engine.batch.runner import Runner
 from engine.config.speculation import SpeculationConfig
+from engine.control.step_times import StepSample
 from engine.core import Engine
 from engine.messages import AddRequest
 from engine.params import SamplingParams
@@ -196,3 +197,20 @@ def test_settings_that_do_not_fit(draft_dir: Path) -> None:
             speculation={"model": str(draft_dir), "self_kv": {"policy": "verified", "budget": 8, "sink": 4}},
             target_kv={"policy": "quest", "budget": 8},
         )
+
+
+@pytest.mark.parametrize("gamma_max", [1, 2, 6])
+def test_both_are_timed(draft_dir: Path, gamma_max: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The profile has draft steps of both at every number of rows, and the controller has ways of both."""
+    monkeypatch.setattr("engine.worker.controllers.load_profile", lambda key: None)
+    saved: list[StepSample] = []
+    monkeypatch.setattr("engine.worker.controllers.save_profile", lambda key, samples: saved.extend(samples))
+    speculation = {"model": str(draft_dir), "gamma_max": gamma_max, "kv": {"policy": "all"}}
+    engine = tiny_engine(tiny_model(), gamma="auto", max_model_len=300, speculation=speculation)  # type: ignore[arg-type]
+    drafted = [sample for sample in saved if sample.gamma and not sample.from_text]
+    rows = {name: {sample.rows for sample in drafted if sample.drafter == name} for name in (None, "self")}
+    assert rows[None] == rows["self"] == {1, 4, 8}
+    controller: Any = engine._scheduler.controller
+    assert {way.drafter for way in controller._ways} == {None, "self"}
+    run(engine, [one_row(60)])
+    assert engine.stats().draft_tokens
