@@ -64,8 +64,10 @@ PANELS: list[tuple[str, str, dict[str, str]]] = [
         "short",
         {
             "text": "sum(rate(magicdec_text_accepted_tokens_total[$__rate_interval]))",
-            "model": "sum(rate(magicdec_accepted_tokens_total[$__rate_interval]))"
-            " - sum(rate(magicdec_text_accepted_tokens_total[$__rate_interval]))",
+            "draft model": "sum(rate(magicdec_model_accepted_tokens_total[$__rate_interval]))",
+            "target": "sum(rate(magicdec_accepted_tokens_total[$__rate_interval]))"
+            " - sum(rate(magicdec_text_accepted_tokens_total[$__rate_interval]))"
+            " - sum(rate(magicdec_model_accepted_tokens_total[$__rate_interval]))",
         },
     ),
     (
