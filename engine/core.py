@@ -183,7 +183,7 @@ class Engine:
         )
 
     def _make_stats(self, controller: Controller) -> StatsRecorder:
-        config, drafting = self._config, self._config.speculation.by_drafter.values()
+        config, drafting = self._config, [each.speculation for each in self._config.by_drafter.values()]
         return StatsRecorder(
             pages_total=self._worker.num_pages,
             page_size=config.cache.page_size,

@@ -108,7 +108,7 @@ class RequestOutput(msgspec.Struct, omit_defaults=True):
     from_text: int = 0
     """Those of the drafted tokens, the first ones, that were found in text."""
     by_model: bool = False
-    """Whether a draft model drafted the others; else the target itself."""
+    """Whether a draft model drafted the others, if there are any; else the target itself."""
     finish_reason: str | None = None
     stop_reason: int | None = None
     """The token id that ended the request, unless it was the model's own end-of-sequence token."""
@@ -169,9 +169,10 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
     forecast_seconds: float = 0.0
     """Time that the controller predicted for these rounds when it chose them."""
     alpha: float = 0.0
-    """The controller's newest estimate of the probability that a drafted token is accepted; 0: none."""
+    """The controller's newest estimate of the probability that a model's draft is accepted, of the model that drafted
+    last; 0: none."""
     policy: str = ""
-    """KV policy of drafts; empty where nothing is ever drafted."""
+    """KV policy of drafts, of two models both; empty where no model drafts."""
     draft_pages_per_row: int = 0
     """Pages of KV that drafts keep for each running request, in addition to the target's pool."""
     target_kv: dict[str, str | int] = {}

@@ -69,7 +69,7 @@ class RowWork(msgspec.Struct, array_like=True):
 
 class DraftOrigin(NamedTuple):
     """Where a row's drafts of a round come from. from_text: number of them, the first ones, that were found in text.
-    by_model: whether a draft model made the others; else the target itself."""
+    by_model: whether a draft model made the others, if there are any; else the target itself."""
 
     from_text: int = 0
     by_model: bool = False

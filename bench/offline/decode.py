@@ -96,7 +96,8 @@ def measure(
     """
     config, batch = configs[0], len(prompts)
     ranks = config.tensor_parallel_size
-    target = load_target(config, progress=False) if len(configs) > 1 and ranks == 1 else None
+    loaded = next((each for each in configs if "self" in each.by_drafter), config)  # with the matrices of drafts
+    target = load_target(loaded, progress=False) if len(configs) > 1 and ranks == 1 else None
     threads = threads_per_rank(config)  # before an engine changes the count
     auto = max(config.speculation.max_draft_tokens for config in configs)
     max_gamma = max(auto if gamma == "auto" else gamma for gamma in gammas)
@@ -142,14 +143,18 @@ def _result(
     shared: int,
     temperature: float,
 ) -> DecodeResult:
-    rounds, engine, settings = contender.rounds[speculation], contender.engine, contender.config.speculation
+    rounds, engine = contender.rounds[speculation], contender.engine
+    policies = [each.speculation.kv for each in contender.config.by_drafter.values()]
     seconds, t_verify = rounds.typical_s, median(rounds.verify)
     gamma = mean(rounds.gammas)
     speed = mean(rounds.tokens) / seconds
     kv_bytes = _kv_bytes(rounds.total, engine.stats().kv_token_bytes, contender.config)
     weights, formats = engine.weight_bytes, engine.stats().weights
     steps = gamma * (1 - rounds.total.text_draft_tokens / max(1, rounds.total.draft_tokens))
-    weight_bytes = weights.target + steps * (weights.draft or weights.target)
+    made = max(1, rounds.total.draft_tokens - rounds.total.text_draft_tokens)
+    by_model = rounds.total.model_draft_tokens / made
+    read_by_drafts = by_model * weights.draft + (1 - by_model) * (weights.own_drafts or weights.target)
+    weight_bytes = weights.target + steps * read_by_drafts
     t_target = median(plain.seconds) if plain else None
     alpha = acceptance_rate(rounds.total) if gamma else None
     t_draft = median(rounds.draft) / steps if steps and speculation != "auto" else None
@@ -164,8 +169,8 @@ def _result(
         prefix=contender.config.cache.prefix,
         speculation=speculation,
         gamma=gamma,
-        policy=settings.kv.policy if gamma and settings.max_model_drafts else "none",
-        budget=settings.kv.budget or 0 if gamma and settings.max_model_drafts else 0,
+        policy=" and ".join(dict.fromkeys(kv.policy for kv in policies)) if gamma and policies else "none",
+        budget=max(kv.budget or 0 for kv in policies) if gamma and policies else 0,
         tokens_per_second=speed,
         acceptance=alpha,
         t_target_ms=_ms(t_target),
@@ -182,7 +187,7 @@ def _result(
         draft_weights=formats.get("drafts", formats["target"]),
         kv_format=contender.config.cache.format,
         temperature=temperature,
-        drafter=settings.source if speculation else "none",
+        drafter=contender.config.speculation.source if speculation else "none",
         from_text=rounds.total.text_accepted_tokens / max(1, rounds.total.accepted_tokens),
     )
 

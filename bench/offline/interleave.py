@@ -24,6 +24,7 @@ from models.decoder import DecoderModel
 _TURN = 4  # rounds per turn
 _COUNTED = (
     *("draft_tokens", "text_draft_tokens", "accepted_tokens", "rejections", "text_accepted_tokens"),
+    "model_draft_tokens",
     *("kv_tokens_read", "draft_kv_tokens_read", "generated_tokens"),
 )
 """Counters of EngineStats that are summed over measured rounds."""

@@ -108,10 +108,14 @@ def mode_of(contender: Peer) -> str | None:
 
 def share_rows(contenders: Sequence[Peer]) -> dict[str, Peer]:
     """Find the contenders that can take turns on the same rows: magicdec with the same settings, but other drafters or
-    none. Returns, by name, the one whose process serves each of them, which has the modes of all."""
+    none. Returns, by name, the one whose process serves each of them, which has the modes of all.
+
+    A draft model, which would catch up on others' turns, and policies that observe others' verify passes share none.
+    """
     groups: dict[str, list[Peer]] = {}
     for contender in contenders:
-        if mode_of(contender) is not None:
+        observes = contender.options.get("engine.speculation.kv.policy", "window") != "window"
+        if mode_of(contender) is not None and not observes and "engine.speculation.model" not in contender.options:
             rest = {key: value for key, value in contender.options.items() if key not in (_GAMMA, _DRAFTER)}
             groups.setdefault(repr(sorted(rest.items())), []).append(contender)
     found: dict[str, Peer] = {}

@@ -46,7 +46,7 @@ class Contenders:
             return process.ask(op, **fields)
         except PeerError:
             if process.ended:
-                del self.running[name]
+                self.running = {each: one for each, one in self.running.items() if one is not process}
             raise
 
 

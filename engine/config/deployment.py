@@ -131,8 +131,8 @@ class EngineConfig(Settings):
 
     @property
     def by_drafter(self) -> dict[DrafterName, Self]:
-        """This config for each model that drafts, as if it were the only one (SpeculationConfig.by_drafter)."""
-        found = self.speculation.by_drafter
+        """This config for each model that drafts (SpeculationConfig.by_drafter)."""
+        found = self.speculation.by_drafter(self.cache.page_size)
         return {name: self.model_copy(update={"speculation": each}) for name, each in found.items()}
 
     @model_validator(mode="after")
@@ -142,11 +142,11 @@ class EngineConfig(Settings):
             if self.cache.seals:
                 raise ValueError(f"target_kv: a target reads all of its KV with cache.format {self.cache.format}")
             self.target_kv.check_target(self.cache.page_size)
-            for each in self.speculation.by_drafter.values():
-                if each.kv.counts_votes:
+            for name, each in self.by_drafter.items():
+                if (kv := each.speculation.kv).counts_votes:
                     raise ValueError(
-                        f"speculation.kv: {each.kv.policy} chooses by what the target reads, which is all KV only "
-                        "without target_kv"
+                        f"{self.speculation.kv_setting(name)}: {kv.policy} chooses by what the target reads, which is "
+                        "all KV only without target_kv"
                     )
         rows, tokens = self.scheduler.max_rows, self.scheduler.max_batch_tokens
         if tokens <= rows:

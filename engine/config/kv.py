@@ -277,7 +277,8 @@ class VerifiedConfig(ChoiceConfig):
         if drafter == "model":
             raise ValueError(
                 "speculation.kv: verified chooses from the target's KV, which a draft model does not read; set another "
-                "policy, such as quest, or drafter: self without that model (--draft self)"
+                "policy, such as quest, and this one for the target's own drafts (speculation.self_kv), or drafter: "
+                "self without that model (--draft self)"
             )
 
     def max_newer_tokens(self, max_gamma: int) -> int:

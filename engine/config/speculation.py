@@ -47,8 +47,8 @@ class SpeculationConfig(Settings):
     kv: KVConfig = WindowConfig()
     """KV policy of drafts: the KV that they read."""
     self_kv: KVConfig | None = None
-    """KV policy of the target's own drafts where it drafts beside a draft model, whose policy is `kv`. None: a window
-    of the same budget."""
+    """KV policy of the target's own drafts where it drafts beside a draft model, whose policy is `kv`. None: a window,
+    the same one, or of about the same budget."""
 
     @property
     def source(self) -> Source:
@@ -59,6 +59,10 @@ class SpeculationConfig(Settings):
         if self.gamma == "auto" or self.store is not None:
             return "together"
         return "self" if self.model is None else "model"
+
+    def kv_setting(self, drafter: DrafterName) -> str:
+        """Return the name of the setting with the KV policy of a drafter's drafts."""
+        return "speculation.kv" if drafter == self.drafting_model else "speculation.self_kv"
 
     @property
     def draft_model(self) -> str | None:
@@ -71,14 +75,14 @@ class SpeculationConfig(Settings):
         smaller."""
         return "model" if self.source == "model" or self.model is not None else "self"
 
-    @property
-    def by_drafter(self) -> dict[DrafterName, SpeculationConfig]:
-        """Settings of each model that drafts, as if it were the only one. Of two, each round has one."""
+    def by_drafter(self, page_size: int = 1) -> dict[DrafterName, SpeculationConfig]:
+        """Return the settings of each model that drafts; of two, the target's are those that it would have alone, and
+        each round has one of them."""
         if not self.max_model_drafts:
             return {}
         mine = {self.drafting_model: self}
         if self.source == "together" and self.model is not None and self.gamma == "auto":
-            alone = {"model": None, "tensor_parallel_size": None, "kv": self.self_kv or self._own_window}
+            alone = {"model": None, "tensor_parallel_size": None, "kv": self.self_kv or self._own_window(page_size)}
             mine["self"] = self.model_copy(update=alone)
         return mine
 
@@ -91,9 +95,12 @@ class SpeculationConfig(Settings):
         """Return the number of the target's ranks that share the draft model; 0: there is none."""
         return 0 if self.draft_model is None else self.tensor_parallel_size or ranks
 
-    @property
-    def _own_window(self) -> WindowConfig:
-        return WindowConfig() if self.kv.budget is None else WindowConfig(budget=self.kv.budget)
+    def _own_window(self, page_size: int) -> WindowConfig:
+        if isinstance(self.kv, WindowConfig):
+            return self.kv
+        window = WindowConfig()
+        pages = max(-(-(self.kv.budget or window.budget) // page_size), -(-window.sink // page_size) + 1)
+        return WindowConfig(budget=pages * page_size)
 
     @property
     def max_model_drafts(self) -> int:
@@ -130,7 +137,7 @@ class SpeculationConfig(Settings):
     @property
     def num_uncached_tokens(self) -> int:
         """Number of tokens at its end that a new row must compute itself."""
-        return max((each.kv.num_uncached_tokens for each in self.by_drafter.values()), default=1)
+        return max((each.kv.num_uncached_tokens for each in self.by_drafter().values()), default=1)
 
     def kv_state(self, page_size: int) -> KVState:
         """Return the KV that drafts keep beside the pages of requests."""
@@ -151,7 +158,7 @@ class SpeculationConfig(Settings):
         """Whether something reads more than the window of a target whose layers all slide: pages that are sealed or
         have few bits are in one pool with all KV, drafts choose from it, and a draft model has pages beside it.
         kv_format: of the target's KV."""
-        own = self.by_drafter.get("self")
+        own = self.by_drafter().get("self")
         return kv_format != "dense" or self.has_draft_pages or (own is not None and not own.kv.fits_windows)
 
     @property
@@ -164,13 +171,11 @@ class SpeculationConfig(Settings):
         if self.max_draft_tokens == 0:
             return
         self._check_drafter(ranks)
-        for name, each in self.by_drafter.items():
-            each.kv.check(page_size, name)
-        if self.self_kv is not None and len(self.by_drafter) < 2:
-            raise ValueError(
-                "speculation.self_kv is of a target that drafts beside a draft model (drafter: together, gamma: auto); "
-                "without one, use speculation.kv"
-            )
+        for name, each in self.by_drafter(page_size).items():
+            try:
+                each.kv.check(page_size, name)
+            except ValueError as error:
+                raise ValueError(str(error).replace("speculation.kv", self.kv_setting(name))) from error
 
     def _check_drafter(self, ranks: int) -> None:
         if self.model is None and self.source == "model":

@@ -95,7 +95,8 @@ class AutoGamma:
         if self.takes_text:
             self._text.fade(row.id for row in rows)
         drafting, options = self._options(batch, self._current)
-        if self._rounds % _EXPLORE_EVERY == 0 and len(self._ways) > 1:
+        lags = batch.limits.any() and not drafting.limits.any()
+        if (self._rounds % _EXPLORE_EVERY == 0 or lags) and len(self._ways) > 1:
             drafting, options = self._compare(batch, drafting, options)
         self._max_gamma = self._stay(options)
         best = options[self._max_gamma]

@@ -31,19 +31,21 @@ class RankLaunch(msgspec.Struct):
 
 
 class WeightBytes(msgspec.Struct, frozen=True):
-    """Bytes of weights. target: matrices that a target step reads. draft: other matrices that draft steps read. tables:
-    embeddings, which are in neither."""
+    """Bytes of weights. target: matrices that a target step reads. draft: those of a draft model. own_drafts: other
+    matrices that the target's own draft steps read. tables: embeddings, which are in none of them."""
 
     target: int = 0
     draft: int = 0
     tables: int = 0
+    own_drafts: int = 0
 
     @property
     def total(self) -> int:
-        return self.target + self.draft + self.tables
+        return self.target + self.draft + self.tables + self.own_drafts
 
     def __add__(self, other: WeightBytes) -> WeightBytes:
-        return WeightBytes(self.target + other.target, self.draft + other.draft, self.tables + other.tables)
+        parts = ("target", "draft", "tables", "own_drafts")
+        return WeightBytes(*(getattr(self, part) + getattr(other, part) for part in parts))
 
 
 class RankReport(msgspec.Struct, omit_defaults=True):

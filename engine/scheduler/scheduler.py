@@ -203,7 +203,7 @@ class Scheduler:
                 gamma,
                 True,
                 catch_up,
-                draft_lag=request.draft_lag,
+                draft_lag=request.draft_lag if by_model else 0,
                 proposed=proposed[:gamma],
                 latest=choice.latest,
             )

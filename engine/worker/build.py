@@ -92,8 +92,8 @@ def make_target(config: EngineConfig, model: DecoderModel, state: RowState, num_
     if not pool.seals:
         all_kv = DenseView(state.page_table, window=model.window, sliding=state.windows)
         return Runner(model, pool, plain, all_kv, sliding=sliding)
-    own = config.speculation.by_drafter.get("self")
-    summarises = own is not None and own.kv_state(state.page_size).summaries > 0
+    own = config.by_drafter.get("self")
+    summarises = own is not None and own.speculation.kv_state(state.page_size).summaries > 0
     summaries = KeySummaries(pool, model.ops) if summarises else None
     sealed = SealedAttention(plain, state, summaries)
     return Runner(model, pool, sealed, SealedView(state, model.window), summaries=summaries, sliding=sliding)
@@ -163,10 +163,9 @@ def _self_drafter(
 
 def own_drafts(config: EngineConfig, target: DecoderModel) -> DecoderModel | None:
     """Return the target with the matrices of drafts; None if it does not draft, or with its own."""
-    settings = config.speculation
-    if "self" not in settings.by_drafter or target.weights.drafts is None:
+    if "self" not in config.by_drafter or target.weights.drafts is None:
         return None
-    return target.drafting() if settings.weights in ("auto", target.weights.drafts) else None
+    return target.drafting() if config.speculation.weights in ("auto", target.weights.drafts) else None
 
 
 def _model_drafter(

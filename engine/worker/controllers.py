@@ -31,7 +31,7 @@ def make_controller(config: EngineConfig, resolved: Resolved, worker: Worker, pr
         samples = profile(profiler, config)
         save_profile(key, samples)
     reads, models = draft_reads(config), []
-    for name, settings in _by_plan_name(speculation).items():
+    for name, settings in _by_plan_name(config).items():
         times = StepTimes(samples, reads[name].tokens_read, drafts_share=reads[name].share, drafter=name)
         budgets = settings.kv_budgets(config.cache.page_size) or [0]
         latest = settings.max_model_drafts > 0 and settings.kv.reads_latest
@@ -55,15 +55,16 @@ def make_request_ngrams(config: EngineConfig, resolved: Resolved, count_allowed:
     return RequestNgrams(drafts, speculation.max_text_drafts, count_allowed)
 
 
-def _by_plan_name(speculation: SpeculationConfig) -> dict[DrafterName | None, SpeculationConfig]:
+def _by_plan_name(config: EngineConfig) -> dict[DrafterName | None, SpeculationConfig]:
     """Return the settings of each model that drafts, by RoundPlan.drafter; where none does, as if one did."""
     names: tuple[DrafterName | None, ...] = (None, "self")
-    return dict(zip(names, list(speculation.by_drafter.values()) or [speculation], strict=False))
+    found = [each.speculation for each in config.by_drafter.values()] or [config.speculation]
+    return dict(zip(names, found, strict=False))
 
 
 def draft_reads(config: EngineConfig) -> dict[DrafterName | None, DraftReads]:
     """Describe the KV that each model's drafts read, by RoundPlan.drafter."""
-    return {name: _reads(each, config.cache.page_size) for name, each in _by_plan_name(config.speculation).items()}
+    return {name: _reads(each, config.cache.page_size) for name, each in _by_plan_name(config).items()}
 
 
 def _reads(settings: SpeculationConfig, page_size: int) -> DraftReads:

@@ -50,11 +50,11 @@ def size_pool(
         return resolved
     if memory is None:
         memory = measure(config, model)
-    share, settings = config.cache.gpu_memory_utilization, config.speculation
+    share = config.cache.gpu_memory_utilization
     left = int(memory.total * share) - memory.used - memory.running
     if model.ops.make_graphs is not None and config.cuda_graphs:
         left -= memory.running  # about what the tensors of captured forwards take
-        if any(each.kv.counts_votes for each in settings.by_drafter.values()):
+        if any(each.speculation.kv.counts_votes for each in config.by_drafter.values()):
             from kernels.gpu.attention import VOTE_BYTES  # the import needs Triton
 
             left -= VOTE_BYTES
@@ -82,7 +82,7 @@ def captured_list_bytes(
 
     twice = 2 if config.cache.prefix else 1  # other layers may read shared pages once
     total = twice * lists(model, [gamma + 1 for gamma in settings.captured_gammas])
-    for name in settings.by_drafter:
+    for name in config.by_drafter:
         total += lists(_that_drafts(name, model, draft), _draft_queries(settings.max_model_drafts))
     return total
 
@@ -116,11 +116,11 @@ def captured_bytes(config: EngineConfig, model: DecoderModel, draft: DecoderMode
     if model.num_kv_layers and not model.window:  # attention to windows is none of FlashInfer's
         prefixes = prefix_room if config.cache.prefix else None
         scratch, own = attention(model, [each + 1 for each in settings.captured_gammas], width, prefixes)
-    for name, each in settings.by_drafter.items():
-        drafting = _that_drafts(name, model, draft)
+    for name, each in config.by_drafter.items():
+        drafting, kv = _that_drafts(name, model, draft), each.speculation.kv
         if not drafting.num_kv_layers or drafting.window:
             continue
-        narrow = each.kv.max_pages(page, gamma, width) * (model.num_kv_layers if each.kv.per_layer else 1)
+        narrow = kv.max_pages(page, gamma, width) * (drafting.num_kv_layers if kv.per_layer else 1)
         needed, drafts = attention(drafting, _draft_queries(settings.max_model_drafts), narrow)
         # Drafts are captured after the target, whose graphs keep the smaller memory that they were captured with.
         scratch += needed if needed > scratch else 0

@@ -212,7 +212,7 @@ def profile(profiler: Profiler, config: EngineConfig) -> list[StepSample]:
         # Of many rows the long context is still longer than the short one: the difference gives the cost of a token.
         contexts = sorted({min(each, longest) for each in (_SHORT, max(_LONG_TOKENS // rows, 2 * _SHORT))})
         samples += [profiler.measure(rows, context, gamma) for context in contexts for gamma in gammas]
-        if len(config.speculation.by_drafter) > 1:
+        if len(config.by_drafter) > 1:
             samples += [profiler.measure(rows, context, some, drafter="self") for context in contexts]
         last = time.perf_counter() - began - spent
         context = max(contexts[-1], profiler.shared_context)
@@ -239,7 +239,7 @@ def profile_key(config: EngineConfig, sizes: Resolved, formats: Mapping[str, str
         sizes.ops.name,
         sizes.shared_stretch,
         sorted(formats.items()),
-        (weight_bytes.target, weight_bytes.draft),
+        (weight_bytes.target, weight_bytes.draft, weight_bytes.own_drafts),
         min(sizes.max_model_len, _LONG_TOKENS + _ROOM),
     ]
     parts += [config.tensor_parallel_size, config.collectives, config.scheduler.max_rows]

@@ -213,7 +213,7 @@ def _check_weights(config: EngineConfig, ops: Ops, model: DecoderModel | None) -
     drafts: set[str | None] | None = None
     if model is not None:
         own = loaded_formats(model)
-        if "self" in config.speculation.by_drafter:
+        if "self" in config.by_drafter:
             drafts = own | {model.weights.drafts}
     for setting, wanted, has in (
         ("weights", config.weights, own),

@@ -28,17 +28,15 @@ def check_sliding(config: EngineConfig, target: ModelConfig, draft: ModelConfig 
             f"engine.speculation.model: {len(draft.sliding_layers)} of its {draft.num_layers} layers slide, which a "
             "draft model's must not; use --draft self"
         )
-    for name, each in settings.by_drafter.items():
+    for name, each in config.by_drafter.items():
         drafting = target if draft is None or name == "self" else draft
-        kv = each.kv
+        kv, setting = each.speculation.kv, f"engine.{settings.kv_setting(name)}"
         if kv.counts_votes and drafting.all_slide:
             raise ConfigError(
-                f"engine.speculation.kv: {kv.policy} chooses by what all KV is read for, but all layers of the model "
-                "slide"
+                f"{setting}: {kv.policy} chooses by what all KV is read for, but all layers of the model slide"
             )
         kinds = {drafting.rope_of(layer) for layer in range(drafting.num_layers)}
         if isinstance(kv, WindowConfig) and kv.positions == "relative" and len(kinds) > 1:
             raise ConfigError(
-                "engine.speculation.kv.positions: relative needs one rotary embedding, but the model's layers have "
-                f"{len(kinds)}"
+                f"{setting}.positions: relative needs one rotary embedding, but the model's layers have {len(kinds)}"
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from engine.config.deployment import EngineConfig
 from kernels.ops import Ops
 from models.decoder import DecoderModel
@@ -11,7 +13,7 @@ from parallel.matrix_layer import WeightChoice
 def target_weights(config: EngineConfig, ops: Ops) -> WeightChoice:
     """Return the formats of the target, which has a second set of matrices where it drafts with weights of its own."""
     own = None if config.weights == "auto" else config.weights
-    if "self" not in config.speculation.by_drafter:
+    if "self" not in config.by_drafter:
         return WeightChoice(own)
     drafts = _draft_format(config, ops)
     return WeightChoice(own, None if drafts == own else drafts)
@@ -43,11 +45,12 @@ def loaded_formats(model: DecoderModel) -> set[str | None]:
     return {model.weights.own, *(found if len(found) == 1 else ())}
 
 
-def describe_formats(target: DecoderModel, drafting: DecoderModel | None) -> dict[str, str]:
-    """Describe the formats in which models multiply, the most frequent first. drafting: the model of drafts; None: none
-    are made."""
-    models = {"target": target} | ({} if drafting is None else {"drafts": drafting})
-    return {name: _describe(model) for name, model in models.items()}
+def describe_formats(target: DecoderModel, drafting: Sequence[DecoderModel]) -> dict[str, str]:
+    """Describe the formats in which models multiply, the most frequent first. drafting: the models of drafts."""
+    formats = {"target": _describe(target)}
+    if drafting:
+        formats["drafts"] = ", ".join(dict.fromkeys(_describe(model) for model in drafting))
+    return formats
 
 
 def _describe(model: DecoderModel) -> str:

@@ -118,8 +118,9 @@ class Worker:
         self._digest_every = config.digest_every if group.size > 1 else 0
         self._state = make_row_state(config, model, num_pages, max_model_len)
         self._own_drafts = own_drafts(config, model)
-        drafts = draft.model or (self._own_drafts or model if config.speculation.by_drafter else None)
-        self.weight_formats = describe_formats(model, drafts)  # of this rank
+        drafting = [draft.model] if draft.model is not None else []
+        drafting += [self._own_drafts or model] if "self" in config.by_drafter else []
+        self.weight_formats = describe_formats(model, drafting)  # of this rank
         vocab = VocabShard(model.vocab_start, model.vocab_size, model.config.vocab_size, group)
         eos = model.config.eos_token_ids
         tokenizer = resolve_model(config.model) / "tokenizer.json"
@@ -145,8 +146,8 @@ class Worker:
     def weight_bytes(self) -> WeightBytes:
         """Bytes of this rank's shards."""
         tables = self.model.table_bytes + (self.draft.model.table_bytes if self.draft.model else 0)
-        drafting = sum(each.matrix_bytes for each in (self._own_drafts, self.draft.model) if each is not None)
-        return WeightBytes(self.model.matrix_bytes, drafting, tables)
+        draft, own = (each.matrix_bytes if each is not None else 0 for each in (self.draft.model, self._own_drafts))
+        return WeightBytes(self.model.matrix_bytes, draft, tables, own)
 
     @property
     def no_grammars(self) -> str | None:

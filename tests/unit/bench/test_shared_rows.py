@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ class Peer:
     max_batch, about, mode = None, "tells", "nobody"
 
     def __init__(self, settings):
+        self.fatal = settings["options"].get("fatal")
         print("modes", *settings["modes"])
 
     def prepare(self, rows, row_tokens, temperature):
@@ -43,6 +45,8 @@ class Peer:
 
     def step(self):
         print("step", self.mode)
+        if self.mode == self.fatal:
+            raise SystemExit(3)
         self.rows = [count + 1 for count in self.rows]
         return [(row, [count]) for row, count in enumerate(self.rows)]
 
@@ -58,7 +62,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     with ExitStack() as stack:
 
         def start_one(contender: Peer) -> PeerProcess:
-            settings = {"threads": 1, "row_tokens": 4000, "options": {}, "modes": contender.modes}
+            settings = {"threads": 1, "row_tokens": 4000, "options": dict(contender.options), "modes": contender.modes}
             log = tmp_path / f"{contender.name}.log"
             process = PeerProcess(Path(sys.executable), peer, settings, log=log, timeout_s=60)
             stack.callback(process.close)
@@ -71,8 +75,10 @@ def test_who_shares_rows() -> None:
     """Contenders that differ in the drafter alone share rows; one that drafts in several ways serves the others."""
     int8 = "magicdec int8 KV off,magicdec int8 KV auto"
     other = variant("wide: speculation.gamma=auto speculation.kv.budget=1024 weights=dense")
+    draft = variant("draft: speculation.gamma=auto speculation.model=draft weights=dense")
+    voting = variant("voting: speculation.gamma=auto speculation.kv.policy=verified weights=dense")
     fixed = variant("three: speculation.gamma=3 speculation.drafter=self weights=dense")
-    contenders = choose(f"{DRAFTERS},{int8},vllm", [other, fixed])
+    contenders = choose(f"{DRAFTERS},{int8},vllm", [other, draft, voting, fixed])
     found = {name: (owner.name, list(owner.modes)) for name, owner in share_rows(contenders).items()}
     together = "magicdec together", ["off", "self", "ngram", "together"]
     assert found == {
@@ -119,6 +125,23 @@ def test_rows_are_prefilled_once_and_decoded_by_turns(start: Start, tmp_path: Pa
     assert points["magicdec off", 0.0].prefill_s == points["magicdec auto", 0.0].prefill_s
     assert points["magicdec off", 0.0].same == 1
     assert "on the rows of magicdec auto, drafts: off" in table(report)
+
+
+@pytest.mark.parametrize("fatal", ["off", "self"])
+@pytest.mark.parametrize("separately", [False, True])
+def test_a_process_that_ends_for_one_of_them(start: Start, separately: bool, fatal: str) -> None:
+    """None of those that share it can be measured any more, and the others are."""
+    off, auto = choose("magicdec off,magicdec auto", [])
+    off, auto = (replace(one, options={**one.options, "fatal": fatal}) for one in (off, auto))
+    plan = Plan(
+        [(2, 20)], first=0, warm_up=1, new_tokens=3, rounds=2, totals=1, separately=separately, one_prefill=True
+    )
+    settings = {"threads": 1, "row_tokens": 4000}
+    contenders = [off, auto, Peer("other", "fake")]
+    report = run(contenders, start, plan, lambda n, m, s: [[1] * m] * n, settings, lambda line: None)
+    assert [len(point.step_ms) for point in report.points if point.contender == "other"] == [2]
+    assert all(point.step_ms or point.error for point in report.points)
+    assert any(entry.error for entry in report.contenders)
 
 
 def test_rows_have_room_for_all_turns() -> None:

@@ -294,7 +294,7 @@ def test_the_law_holds_for_weights_of_every_format(weights: str) -> None:
     for gamma in (0, 3):
         engine = tiny_engine(on_kernels(torch.bfloat16, "plain", weights), gamma=gamma, max_model_len=256)
         found.append({name: tokens(outputs) for name, outputs in run(engine, requests(FEW_TOKENS + 4)).items()})
-        assert bool(engine.weight_bytes.draft) == bool(gamma)
+        assert bool(engine.weight_bytes.own_drafts) == bool(gamma)
     assert found[0] == found[1]
 
 

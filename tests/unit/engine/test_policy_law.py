@@ -148,7 +148,7 @@ class Case:
             settings, names = engine._config.speculation, (None, "self")
             ways = [
                 Way(budget, name)  # type: ignore[arg-type]
-                for name, each in zip(names, settings.by_drafter.values(), strict=False)
+                for name, each in zip(names, settings.by_drafter(self.page).values(), strict=False)
                 for budget in each.kv_budgets(self.page) or [0]
             ]
             engine._scheduler.controller = Restless(random.Random(self.seed), settings.max_draft_tokens, ways)

@@ -82,7 +82,7 @@ def test_overrides_win_and_leave_the_rest(tmp_path: Path) -> None:
         (
             "engine: {speculation: {drafter: model, model: d, kv: {policy: verified}}}",
             "verified chooses from the target's KV, which a draft model does not read; set another policy, such as "
-            "quest, or drafter: self",
+            "quest, and this one for the target's own drafts (speculation.self_kv), or drafter: self",
         ),
         ("engine: {speculation: {kv: {policy: verified, budget: 100}}}", "multiple of cache.page_size"),
         ("engine: {speculation: {kv: {policy: quest, budget: 8}}}", "multiple of cache.page_size"),

@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.batch.runner import Runner
+from engine.config.deployment import EngineConfig
 from engine.config.speculation import SpeculationConfig
 from engine.control.step_times import StepSample
 from engine.core import Engine
 from engine.messages import AddRequest
 from engine.params import SamplingParams
 from engine.scheduler.controller import Way
+from engine.worker.resolve import resolve
 from models.batch import ForwardBatch
 from tests.support.engines import Scripted, complete_all, run, tiny_engine, tiny_model, tokens
 from tests.support.profiles import examples, is_all, only_in_all
@@ -163,12 +165,12 @@ def test_verify_passes_vote_whoever_drafts(draft_dir: Path) -> None:
 
 def test_settings_of_both() -> None:
     both = SpeculationConfig.model_validate({"model": "draft", "kv": {"budget": 64, "sink": 4}})
-    assert list(both.by_drafter) == ["model", "self"]
-    assert both.by_drafter["model"] is both
-    own = both.by_drafter["self"]
+    assert list(both.by_drafter()) == ["model", "self"]
+    assert both.by_drafter()["model"] is both
+    own = both.by_drafter()["self"]
     assert (own.model, own.draft_model, own.drafting_model, own.kv.budget) == (None, None, "self", 64)
     assert own.max_model_drafts == both.max_model_drafts
-    assert list(own.by_drafter) == ["self"]
+    assert list(own.by_drafter()) == ["self"]
     for fewer in (
         {"gamma": 3},
         {"drafter": "model"},
@@ -176,9 +178,9 @@ def test_settings_of_both() -> None:
         {"model": None},
         {"drafter": "ngram", "model": None},
     ):
-        assert len(both.model_copy(update=fewer).by_drafter) < 2
+        assert len(both.model_copy(update=fewer).by_drafter()) < 2
     of_all = SpeculationConfig.model_validate({"model": "draft", "kv": {"policy": "all"}})
-    assert of_all.by_drafter["self"].kv.budget == 512
+    assert of_all.by_drafter()["self"].kv.budget == 512
 
 
 def test_settings_that_do_not_fit(draft_dir: Path) -> None:
@@ -186,15 +188,17 @@ def test_settings_that_do_not_fit(draft_dir: Path) -> None:
         return tiny_engine(tiny_model(), gamma="auto", speculation=speculation)  # type: ignore[arg-type]
 
     own = {"policy": "window", "budget": 30}
-    with pytest.raises(ValueError, match="self_kv is of a target that drafts beside a draft model"):
-        engine(self_kv=own)
-    with pytest.raises(ValueError, match=r"budget \(30\) must be a multiple of cache.page_size \(4\)"):
+    engine(self_kv=own)  # as `kv` where nothing drafts
+    with pytest.raises(ValueError, match=r"speculation.self_kv.budget \(30\) must be a multiple"):
         engine(model=str(draft_dir), self_kv=own)
-    with pytest.raises(ValueError, match="verified chooses by what the target reads"):
+    verified = {"policy": "verified", "budget": 8, "sink": 4}
+    with pytest.raises(ValueError, match=r"speculation.kv: verified .* \(speculation.self_kv\)"):
+        engine(model=str(draft_dir), kv=verified)
+    with pytest.raises(ValueError, match=r"speculation.self_kv: verified chooses by what the target reads"):
         tiny_engine(
             tiny_model(),
             gamma="auto",  # type: ignore[arg-type]
-            speculation={"model": str(draft_dir), "self_kv": {"policy": "verified", "budget": 8, "sink": 4}},
+            speculation={"model": str(draft_dir), "self_kv": verified},
             target_kv={"policy": "quest", "budget": 8},
         )
 
@@ -214,3 +218,58 @@ def test_both_are_timed(draft_dir: Path, gamma_max: int, monkeypatch: pytest.Mon
     assert {way.drafter for way in controller._ways} == {None, "self"}
     run(engine, [one_row(60)])
     assert engine.stats().draft_tokens
+
+
+@pytest.mark.parametrize("reselect", [0, 8])
+def test_what_a_draft_model_lacks_does_not_change_the_target_s_drafts(draft_dir: Path, reselect: int) -> None:
+    """SnapKV of the target keeps its chosen tokens, though the draft model has computed none of the context."""
+    own = kv_of("snapkv", 4, 4, reselect)
+    params = SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True)
+
+    def accepted(speculation: dict[str, Any], way: Way) -> list[tuple[int, int]]:
+        fields = {"gamma_max": 4, **speculation}
+        engine = tiny_engine(tiny_model(), gamma="auto", max_model_len=300, speculation=fields)  # type: ignore[arg-type]
+        engine._scheduler.controller = Scripted([4] * 200, [way])
+        outputs = run(engine, [AddRequest("0", prompt_of(90, 1), params)])["0"]
+        return [(output.drafted, output.accepted) for output in outputs]
+
+    alone = accepted({"drafter": "together", "kv": own}, Way())
+    both = accepted({"model": str(draft_dir), "kv": kv_of("window", 4, 3), "self_kv": own}, Way(0, "self"))
+    assert both == alone
+
+
+@pytest.mark.parametrize(
+    ("page_size", "kv", "budget"),
+    [
+        (4, {"policy": "window", "budget": 16, "sink": 4}, 16),
+        (16, {"policy": "quest", "budget": 16}, 32),
+        (16, {"policy": "topk", "budget": 500}, 512),
+        (48, {"policy": "all"}, 528),
+        (4, {"policy": "snapkv", "budget": 8, "recent": 4}, 20),
+    ],
+)
+def test_the_window_beside_a_draft_model_fits(page_size: int, kv: dict[str, Any], budget: int) -> None:
+    """A draft model's policy that is valid alone is valid beside the target's, where `self_kv` says nothing."""
+    for drafter in ("model", "auto"):
+        settings = SpeculationConfig.model_validate({"model": "draft", "drafter": drafter, "kv": kv})
+        settings.check(page_size, 1)
+    assert settings.by_drafter(page_size)["self"].kv.budget == budget
+
+
+def test_memory_of_both_counts(draft_dir: Path) -> None:
+    """The pool gets what the two policies leave, and weights of both are told."""
+    kv = {"kv": kv_of("window", 4, 8), "self_kv": kv_of("snapkv", 4, 8)}
+
+    def fixed(**speculation: Any) -> int:
+        config = {
+            "model": "tiny",
+            "speculation": {"ngram_gamma_max": 8, **speculation},
+            "cache": {"page_size": 4, "memory_gb": 0.1},
+        }
+        return resolve(EngineConfig.model_validate(config), tiny_model()).fixed_bytes
+
+    model = fixed(drafter="model", model=str(draft_dir), kv=kv["kv"])
+    own = fixed(drafter="self", kv=kv["self_kv"])
+    assert model > 0
+    assert own > 0
+    assert fixed(model=str(draft_dir), **kv) == model + own

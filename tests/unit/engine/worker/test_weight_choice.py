@@ -47,13 +47,14 @@ def stored_as(name: str) -> DecoderModel:
 def test_formats_by_choice(own: str | None, drafts: str | None, said: dict[str, str]) -> None:
     """The head of int4 is int8."""
     model = model_of(own, drafts)
-    assert describe_formats(model, model.drafting()) == said
-    assert describe_formats(model, None) == {"target": said["target"]}
+    assert describe_formats(model, [model.drafting()]) == said
+    assert describe_formats(model, [model.drafting()] * 2) == said
+    assert describe_formats(model, []) == {"target": said["target"]}
 
 
 def test_formats_of_a_checkpoint() -> None:
-    assert describe_formats(stored_as("int4"), None) == {"target": "int4 and dense (as stored)"}
-    assert describe_formats(stored_as("dense"), None) == {"target": "dense"}
+    assert describe_formats(stored_as("int4"), []) == {"target": "int4 and dense (as stored)"}
+    assert describe_formats(stored_as("dense"), []) == {"target": "dense"}
     formats = stored_as("int4").matrix_formats
     assert formats["dense"] == 64 * 32
     assert formats["int4"] == 2 * (32 * (48 + 32) + 48 * 32 + 3 * 32 * 48)
