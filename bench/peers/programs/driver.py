@@ -44,6 +44,8 @@ class Peer(Protocol):
     """Largest number of rows at once; None: `rows` of the settings."""
     about: str
     """Version and weights, for the report."""
+    mode: str
+    """See above; set only where the settings' `modes` list several."""
 
     def prepare(self, rows: int, row_tokens: int, temperature: float) -> None:
         """Allocate memory for `rows` rows of `row_tokens` tokens each, all sampled at `temperature`."""
@@ -79,7 +81,7 @@ class Driver:
         """Answer one request. Raises ValueError for a bad request, and whatever the peer raises."""
         op = request["op"]
         if "mode" in request:
-            self._peer.mode = request["mode"]  # type: ignore[attr-defined]
+            self._peer.mode = request["mode"]
         if op == "start":
             first_s, tokens = self._start(request["prompts"], request["limit"], request["temperature"], together=True)
             return {"first_token_s": first_s, "tokens": tokens}

@@ -153,7 +153,16 @@ def test_captured_attention_is_counted() -> None:
     assert own + window < counted < 1.01 * (own + window)
     narrow = llama(4, 1, 128)  # one of eight ranks; a draft model that is not split needs more
     alone = captured_bytes(config, narrow, None, 32_000)
-    assert captured_bytes(config, narrow, llama(64, 8, 128), 32_000) > 1.5 * alone
+    drafted = EngineConfig.model_validate({**settings, "speculation": {"gamma": 3, "model": "small"}})
+    assert captured_bytes(drafted, narrow, llama(64, 8, 128), 32_000) > 1.5 * alone
+    # Both draft: the captured forwards of each are kept.
+    free = {"gamma_max": 3, "ngram_gamma_max": 3, "kv": {"policy": "all"}}
+    by_model, by_both = (
+        EngineConfig.model_validate({**settings, "speculation": {**free, "model": "small", "drafter": drafter}})
+        for drafter in ("model", "together")
+    )
+    counted = captured_bytes(by_model, llama(*target), llama(*target), 32_000)
+    assert counted + window <= captured_bytes(by_both, llama(*target), llama(*target), 32_000) < counted + 2 * window
     plain = EngineConfig.model_validate({**settings, "speculation": {"gamma": 0}})
     assert captured_bytes(plain, narrow, None, 32_000) < alone - lists * 3 // 4 - window
 
@@ -217,7 +226,8 @@ def test_the_pool_leaves_memory_for_lists_of_windows(
     found = captured_list_bytes(config, model, None, 40)
     assert needed <= found < 2 * needed
     assert captured_list_bytes(config, tiny_model(), None, 40) == 0
-    assert 0 < captured_list_bytes(config, tiny_model(), model, 40) < found  # a draft model
+    drafted = config.model_copy(update={"speculation": config.speculation.model_copy(update={"model": "small"})})
+    assert 0 < captured_list_bytes(drafted, tiny_model(), model, 40) < found
     monkeypatch.setattr(model, "ops", SimpleNamespace(kind="triton", make_graphs=object()))
     memory = DeviceMemory(total=200_000, used=0, running=0)
     eager = config.model_copy(update={"cuda_graphs": False})
