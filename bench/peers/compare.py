@@ -82,9 +82,9 @@ def run(
         processor=describe_processor(),
         date=date.today().isoformat(),
     )
-    cores, sharing = first_cores(plan.busy), largest_share(contenders) if plan.one_prefill else 1
+    cores = first_cores(plan.busy)
     points = [(batch, context, cut(batch, context, plan.shared)) for batch, context in plan.points]
-    started = start_contenders(contenders, start, say, one_prefill=plan.one_prefill)
+    started = start_contenders(contenders, start, say, one_prefill=plan.turns > 1)
     with started as lineup, contextlib.ExitStack() as neighbours:
         report.contenders = lineup.entries
         # magicdec measures its rounds here, if it has to, and keeps the times: before others disturb it.
@@ -92,7 +92,7 @@ def run(
         neighbours.enter_context(busy(cores))
         for batch, context, prompts in points:
             say(f"batch {batch}, context {context} …")
-            limit = plan.row_tokens(batch, context, settings["row_tokens"], sharing) - context
+            limit = plan.row_tokens(batch, context, settings["row_tokens"]) - context
             report.points += measure_point(lineup, prompts, limit, plan)
             say(table(report, only=(batch, context)))
         report.prompts_repeated = repeated_grams([prompt for *_, prompts in points for prompt in prompts])
@@ -224,14 +224,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ChatShape.parse(given.chat) if given.chat else None,
             given.task,
             given.keep_prompts,
-            given.one_prefill,
+            largest_share(contenders) if given.one_prefill else 1,
         )
         first_cores(plan.busy)
         if plan.quota is not None:
             CpuQuota(plan.quota).close()
         model = resolve_model(given.model)
-        turns = largest_share(contenders) if plan.one_prefill else 1
-        settings = plan.settings(model, read_config(model), threads, turns)
+        settings = plan.settings(model, read_config(model), threads)
         cut = cutter(given.task, Tokenizer(model), read_text(given.text))
         with tempfile.TemporaryDirectory(prefix="magicdec-compare-") as logs:
             start = starter(

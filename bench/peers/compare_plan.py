@@ -103,21 +103,22 @@ class Plan:
     """Kind of prompts (bench.tasks)."""
     keep_prompts: bool = False
     """Whether contenders keep the KV of a point's prompts from one temperature to the next."""
-    one_prefill: bool = False
-    """Whether magicdec with different drafters, and without, takes turns on the same rows, which are prefilled once."""
+    turns: int = 1
+    """Largest number of contenders that take turns on the same rows, which are prefilled once (share_rows); 1: each has
+    rows of its own."""
 
-    def row_tokens(self, batch: int, context: int, longest: int, sharing: int = 1) -> int:
-        """Return the largest number of tokens of a row. longest: the model's maximum length. sharing: number of
-        contenders that take turns on it. Raises BenchError if a row needs more than that."""
+    def row_tokens(self, batch: int, context: int, longest: int) -> int:
+        """Return the largest number of tokens of a row. longest: the model's maximum length. Raises BenchError if a row
+        needs more than that."""
         # Prefilled rows decode while others are prefilled. With accepted drafts some rows get ahead of others.
         ahead = batch * context // (_PREFILL_CHUNK - batch) + 1
-        new = self.warm_up + self.rounds * self.new_tokens * sharing
+        new = self.warm_up + self.rounds * self.new_tokens * self.turns
         wanted = context + ahead + new
         if wanted > longest:
             raise BenchError(f"{batch}x{context} takes {wanted} tokens per row, but the model has {longest}")
         return min(longest, wanted + new + 64)
 
-    def settings(self, model: Path, shape: ModelConfig, threads: int, sharing: int = 1) -> dict[str, Any]:
+    def settings(self, model: Path, shape: ModelConfig, threads: int) -> dict[str, Any]:
         """Build the settings of every contender; see bench/peers/programs/driver.py. Raises BenchError."""
         longest = shape.max_model_len
         for batch, context in self.points:
@@ -127,7 +128,7 @@ class Plan:
             self.chat.added(self.new_tokens)
             if self.chat.end + self.new_tokens > longest:
                 raise BenchError(f"--chat: {self.chat.end + self.new_tokens} tokens, but the model has {longest}")
-        sizes = [batch * self.row_tokens(batch, context, longest, sharing) for batch, context in self.points]
+        sizes = [batch * self.row_tokens(batch, context, longest) for batch, context in self.points]
         bytes_per_token = 2 * 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim  # keys and values of 2 bytes
         return {
             "model": str(model),

@@ -237,15 +237,15 @@ class AutoGamma:
         kind = "verify" if mean else "plain"
         where = verify_bucket(batch, self._times, max(1, round(mean)) if mean else 0)
         self._calibration.update(kind, where, result.verify_seconds, predicted)
-        model, kind = self._models[plan.drafter], draft_kind(plan.drafter)
+        model, drafts = self._models[plan.drafter], draft_kind(plan.drafter)
         drafting = sum([batch.draft_seconds(model.times, plan.budget, rows) for rows in _rows_by_step(steps)])
         where = draft_bucket(batch, model.times, plan.budget)
         mixed = any(work.proposed and work.model_drafts for work in plan.work)
         if caught_up:  # the time of the drafts alone is unknown
-            drafting *= self._calibration.factor(kind, where)
+            drafting *= self._calibration.factor(drafts, where)
             self._catch_up.record(caught_up, result.draft_seconds - drafting)
         elif drafting and not mixed:  # else the model has computed drafts from the text too
-            self._calibration.update(kind, where, result.draft_seconds, drafting)
+            self._calibration.update(drafts, where, result.draft_seconds, drafting)
         seconds = result.draft_seconds + result.verify_seconds
         self._charge(decision, seconds, seconds, tokens)
         plain, chosen = tokens / batch.count * decision.plain_s, decision.chosen

@@ -180,7 +180,7 @@ class Scheduler:
         proposals = [NO_PROPOSAL] * len(rows) if ngrams is None else ngrams.propose(rows, share)
         choices = self.controller.choose(rows, self.shared_tokens, proposals)
         plan.budget, plan.drafter = self.controller.way
-        by_model = self._draft_kv and plan.drafter != "self"
+        by_model = self._by_model(plan)
         for request, proposal, choice in zip(rows, proposals, choices, strict=True):
             proposed = proposal.tokens[: choice.proposed]
             if ngrams is not None:
@@ -330,6 +330,10 @@ class Scheduler:
         if self._audit is not None:
             self._audit.forget()
 
+    def _by_model(self, plan: RoundPlan) -> bool:
+        """Whether a draft model makes the round's drafts, else the target itself."""
+        return self._draft_kv and plan.drafter != "self"
+
     def _requeue(self, request: Request) -> None:
         self._release_row(request)
         request.num_computed = request.draft_lag = 0
@@ -353,7 +357,7 @@ class Scheduler:
         outcomes = iter(result.rows)
         prompt_logprobs = iter(result.prompt_logprobs)
         failures = {failure.row: failure for failure in result.failures}
-        committed, by_model = [], self._draft_kv and plan.drafter != "self"
+        committed, by_model = [], self._by_model(plan)
         for request, work in zip(requests, plan.work, strict=True):
             if work.num_prompt_logprobs:  # a recomputed prompt's entries are replaced
                 request.prompt_logprobs[work.computed :] = islice(prompt_logprobs, work.num_prompt_logprobs)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from tests.support.engines import TINY
+from engine.core import Engine
+from engine.messages import AddRequest
+from engine.params import SamplingParams
+from tests.support.engines import TINY, complete_all, run, tokens
 
 
 def prompt_of(length: int, seed: int) -> list[int]:
@@ -52,3 +55,28 @@ def kv_of(policy: str, page_size: int, pages: int, reselect: int = 0) -> dict[st
         "all": {"policy": "all"},
     }
     return policies[policy]
+
+
+def check_ragged_load(engine: Engine, plain: Engine, rng: random.Random, *, longest: int, prompts: int) -> None:
+    """Check that rows which join and leave have the texts that `plain` gives each of them alone.
+
+    longest: exclusive limit of an answer's tokens. prompts: number of different texts that prompts begin with.
+    """
+    requests, joins, leaves = [], {}, {}
+    for i in range(rng.randrange(1, 7)):
+        params = SamplingParams(
+            max_tokens=rng.randrange(1, longest),
+            seed=i,
+            max_draft_tokens=rng.choice([None, None, None, 0, 2]),
+            ignore_eos=rng.random() < 0.7,
+            **rng.choice(SAMPLING),
+        )
+        requests.append(AddRequest(str(i), prompt_of(rng.choice(EDGES), rng.randrange(prompts)), params))
+        joins[str(i)] = rng.randrange(12)
+        if rng.random() < 0.2:
+            leaves[str(i)] = joins[str(i)] + rng.randrange(9)
+    outputs = run(engine, requests, joins=joins, leaves=leaves)
+    oracle = complete_all(plain, requests)
+    for request in requests:
+        expected, got = oracle[request.id], tokens(outputs[request.id])
+        assert got == (expected[: len(got)] if request.id in leaves else expected)

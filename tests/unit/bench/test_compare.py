@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,11 @@ from bench.peers.compare_plan import ChatShape, Plan, parse_points, parse_temper
 from bench.peers.compare_report import table
 from bench.peers.contenders import Peer, choose, variant
 from bench.peers.install import PeerError, environment, requirements
+from bench.peers.lineup import Start
 from bench.peers.measure import same_tokens
 from bench.peers.process import PeerProcess
 from tests.support.engines import TINY
+from tests.support.fake_peers import fake_peers
 
 COUNTS = '''
 class Peer:
@@ -64,24 +64,11 @@ class Peer:
         self.rows = []
 '''
 
-Start = Callable[[Peer], PeerProcess]
-
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     """Return a function that starts a fake contender, whose output is consecutive numbers."""
-    peer = tmp_path / "peer.py"
-    peer.write_text(COUNTS)
-    with ExitStack() as stack:
-
-        def start_one(contender: Peer) -> PeerProcess:
-            settings: dict[str, Any] = {"threads": 1, "row_tokens": 4000, "options": dict(contender.options)}
-            log = tmp_path / f"{contender.name}.log"
-            quota = stack.enter_context(CpuQuota(0.5)) if contender.options.get("quota") else None
-            process = PeerProcess(Path(sys.executable), peer, settings, log=log, timeout_s=60, quota=quota)
-            stack.callback(process.close)
-            return process
-
+    with fake_peers(COUNTS, tmp_path) as start_one:
         yield start_one
 
 

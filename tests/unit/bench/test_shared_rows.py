@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,9 @@ from bench.peers.compare_plan import Plan
 from bench.peers.compare_report import table
 from bench.peers.contenders import Peer, choose, largest_share, share_rows, variant
 from bench.peers.lineup import Start
-from bench.peers.process import PEERS, PeerProcess
+from bench.peers.process import PEERS
 from bench.peers.programs.driver import load_peer
+from tests.support.fake_peers import fake_peers
 from tests.support.tiny import write_model
 
 DRAFTERS = "magicdec off,magicdec auto,magicdec ngram,magicdec together"
@@ -57,17 +56,7 @@ class Peer:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    peer = tmp_path / "peer.py"
-    peer.write_text(TELLS)
-    with ExitStack() as stack:
-
-        def start_one(contender: Peer) -> PeerProcess:
-            settings = {"threads": 1, "row_tokens": 4000, "options": dict(contender.options), "modes": contender.modes}
-            log = tmp_path / f"{contender.name}.log"
-            process = PeerProcess(Path(sys.executable), peer, settings, log=log, timeout_s=60)
-            stack.callback(process.close)
-            return process
-
+    with fake_peers(TELLS, tmp_path) as start_one:
         yield start_one
 
 
@@ -107,7 +96,7 @@ def test_rows_are_prefilled_once_and_decoded_by_turns(start: Start, tmp_path: Pa
         separately=True,
         temperatures=(0.0, 1.0),
         keep_prompts=True,
-        one_prefill=True,
+        turns=2,
     )
     contenders = choose("magicdec off,magicdec auto,llama.cpp bf16", [])
     settings = {"threads": 1, "row_tokens": 4000}
@@ -133,9 +122,7 @@ def test_a_process_that_ends_for_one_of_them(start: Start, separately: bool, fat
     """None of those that share it can be measured any more, and the others are."""
     off, auto = choose("magicdec off,magicdec auto", [])
     off, auto = (replace(one, options={**one.options, "fatal": fatal}) for one in (off, auto))
-    plan = Plan(
-        [(2, 20)], first=0, warm_up=1, new_tokens=3, rounds=2, totals=1, separately=separately, one_prefill=True
-    )
+    plan = Plan([(2, 20)], first=0, warm_up=1, new_tokens=3, rounds=2, totals=1, separately=separately, turns=2)
     settings = {"threads": 1, "row_tokens": 4000}
     contenders = [off, auto, Peer("other", "fake")]
     report = run(contenders, start, plan, lambda n, m, s: [[1] * m] * n, settings, lambda line: None)
@@ -146,7 +133,7 @@ def test_a_process_that_ends_for_one_of_them(start: Start, separately: bool, fat
 
 def test_rows_have_room_for_all_turns() -> None:
     plan = Plan([(1, 100)], first=0, warm_up=0, new_tokens=10, rounds=2, totals=0)
-    assert plan.row_tokens(1, 100, 500, 3) - plan.row_tokens(1, 100, 500) == 2 * 2 * 2 * 10
+    assert replace(plan, turns=3).row_tokens(1, 100, 500) - plan.row_tokens(1, 100, 500) == 2 * 2 * 2 * 10
 
 
 def test_magicdec_drafts_as_it_is_asked(tmp_path: Path) -> None:

@@ -25,10 +25,10 @@ from engine.scheduler.controller import Way
 from engine.scheduler.stats import acceptance_rate
 from models.batch import ForwardBatch
 from models.decoder import DecoderModel
-from tests.support.engines import Scripted, complete, complete_all, run, tiny_engine, tiny_model, tokens
+from tests.support.engines import Scripted, complete, run, tiny_engine, tiny_model, tokens
 from tests.support.profiles import examples, is_all, only_in_all
 from tests.support.ranks import DRAFT, write_random_model
-from tests.support.workloads import EDGES, SAMPLING, kv_of, prompt_of
+from tests.support.workloads import EDGES, check_ragged_load, kv_of, prompt_of
 
 
 @cache
@@ -75,24 +75,7 @@ def test_no_drafter_or_policy_changes_output(draft_dir: Path, drafter: str, poli
     )
     plain = tiny_engine(model(), gamma=0, page_size=16, max_model_len=200)
     rng = random.Random(data.draw(st.integers(0, 1000)))
-    requests, joins, leaves = [], {}, {}
-    for i in range(rng.randrange(1, 7)):
-        params = SamplingParams(
-            max_tokens=rng.randrange(1, LONGEST_ANSWER),
-            seed=i,
-            max_draft_tokens=rng.choice([None, None, None, 0, 2]),
-            ignore_eos=rng.random() < 0.7,
-            **rng.choice(SAMPLING),
-        )
-        requests.append(AddRequest(str(i), prompt_of(rng.choice(EDGES), rng.randrange(99)), params))
-        joins[str(i)] = rng.randrange(12)
-        if rng.random() < 0.2:
-            leaves[str(i)] = joins[str(i)] + rng.randrange(9)
-    outputs = run(engine, requests, joins=joins, leaves=leaves)
-    oracle = complete_all(plain, requests)
-    for request in requests:
-        expected, got = oracle[request.id], tokens(outputs[request.id])
-        assert got == (expected[: len(got)] if request.id in leaves else expected)
+    check_ragged_load(engine, plain, rng, longest=LONGEST_ANSWER, prompts=99)
 
 
 def long_run(engine: Engine, prompt: int, new: int, temperature: float = 1.0) -> list[int]:

@@ -23,9 +23,9 @@ from engine.params import SamplingParams
 from engine.scheduler.controller import Way
 from engine.worker.resolve import resolve
 from models.batch import ForwardBatch
-from tests.support.engines import Scripted, complete_all, run, tiny_engine, tiny_model, tokens
+from tests.support.engines import Scripted, run, tiny_engine, tiny_model
 from tests.support.profiles import examples, is_all, only_in_all
-from tests.support.workloads import EDGES, SAMPLING, kv_of, prompt_of
+from tests.support.workloads import check_ragged_load, kv_of, prompt_of
 
 POLICIES = [
     ("window", "verified"),
@@ -75,24 +75,7 @@ def test_nobody_who_drafts_changes_output(draft_dir: Path, policy: str, own: str
         scheduler={"max_batch_tokens": data.draw(st.sampled_from([9, 40, 64]))},
     )
     plain = tiny_engine(tiny_model(), gamma=0, page_size=16, max_model_len=200)
-    requests, joins, leaves = [], {}, {}
-    for i in range(rng.randrange(1, 7)):
-        params = SamplingParams(
-            max_tokens=rng.randrange(1, LONGEST_ANSWER),
-            seed=i,
-            max_draft_tokens=rng.choice([None, None, None, 0, 2]),
-            ignore_eos=rng.random() < 0.7,
-            **rng.choice(SAMPLING),
-        )
-        requests.append(AddRequest(str(i), prompt_of(rng.choice(EDGES), rng.randrange(9)), params))
-        joins[str(i)] = rng.randrange(12)
-        if rng.random() < 0.2:
-            leaves[str(i)] = joins[str(i)] + rng.randrange(9)
-    outputs = run(engine, requests, joins=joins, leaves=leaves)
-    oracle = complete_all(plain, requests)
-    for request in requests:
-        expected, got = oracle[request.id], tokens(outputs[request.id])
-        assert got == (expected[: len(got)] if request.id in leaves else expected)
+    check_ragged_load(engine, plain, rng, longest=LONGEST_ANSWER, prompts=9)
 
 
 def drafted_by(engine: Engine, patch: pytest.MonkeyPatch) -> list[str]:
