@@ -28,9 +28,9 @@ class Point(msgspec.Struct):
     """One contender at one (batch, context) and temperature.
 
     prefill_s: until every row has its first token. step_ms: mean time per token of every row, one item per turn.
-    total_s: whole requests of new_tokens each, one item per repeat. same: share of tokens that equal those of the first
-    contender measured at this point. repeated: see repeated_grams, of the turns' text. error: reason that a value is
-    missing.
+    round_tokens: mean tokens of a row per step, one item per turn; 1 without drafts. total_s: whole requests of
+    new_tokens each, one item per repeat. same: share of tokens that equal those of the first contender measured at this
+    point. repeated: see repeated_grams, of the turns' text. error: reason that a value is missing.
     """
 
     contender: str
@@ -38,6 +38,7 @@ class Point(msgspec.Struct):
     context: int
     prefill_s: float | None = None
     step_ms: list[float] = []
+    round_tokens: list[float] = []
     total_s: list[float] = []
     same: float | None = None
     error: str | None = None
@@ -128,6 +129,7 @@ _WIDTHS = {
     "min": 8,
     "max": 8,
     "tok/s": 8,
+    "tok/round": 11,
     "x first": 9,
     "prefill s": 11,
     "total s": 9,
@@ -181,8 +183,8 @@ def table(report: ComparisonReport, only: tuple[int, int] | None = None) -> str:
     lines.append(report.conditions)
     lines.append(
         f"{report.rounds} turns of {report.new_tokens} tokens per row; step ms: time per "
-        "token of every row, median, minimum and maximum of the turns; x first: speed relative to the first line of "
-        "the same T, the temperature"
+        "token of every row, median, minimum and maximum of the turns; tok/round: tokens of a row per step; x first: "
+        "speed relative to the first line of the same T, the temperature"
     )
     lines.append(
         "prefill: until every row has its first token; total: whole requests; same: tokens equal to the first line's"
@@ -204,6 +206,7 @@ def _line(point: Point, base: float | None, width: int) -> str:
         _cell(min(point.step_ms, default=None), 1),
         _cell(max(point.step_ms, default=None), 1),
         _cell(speed, 1),
+        _cell(_median(point.round_tokens), 2),
         _cell(None if speed is None or base is None else speed / base, 2),
         _cell(point.prefill_s, 1),
         _cell(_median(point.total_s), 1),

@@ -100,6 +100,7 @@ def measure_point(lineup: Contenders, prompts: Sequence[Sequence[int]], limit: i
                 if answer := turns[temperature].ask(name, "decode", new_tokens=plan.new_tokens):
                     count = sum(map(len, answer["tokens"]))
                     points[temperature, name].step_ms.append(1e3 * answer["decode_s"] * batch / count)
+                    points[temperature, name].round_tokens.append(count / batch / answer["rounds"])
                     _append(texts[temperature, name], answer["tokens"])
         for name in group:
             if not plan.keep_prompts or temperature == plan.temperatures[-1]:

@@ -9,7 +9,7 @@ The first output line is {"ready": {...}}; then one line answers each request:
 
     {"op": "start", "prompts": [[ids]], "limit": n, "temperature": t}          {"first_token_s", "tokens"}
     {"op": "again", "limit": n, "temperature": t}                              {"first_token_s", "tokens"}
-    {"op": "decode", "new_tokens": n}                                          {"decode_s", "tokens"}
+    {"op": "decode", "new_tokens": n}                                          {"decode_s", "rounds", "tokens"}
     {"op": "stop"}                                                             {}
     {"op": "complete", "prompts": [[ids]], "new_tokens": n, "temperature": t}  {"first_token_s", "decode_s", "total_s",
                                                                                 "tokens"}
@@ -18,12 +18,12 @@ The first output line is {"ready": {...}}; then one line answers each request:
 
 `start` prefills until every row has its first token. `again` begins the same rows anew, with the KV of their prompts
 that is there already: contenders that cannot keep it compute it again. `decode` continues until rows have n new tokens
-each on average. `complete` generates exactly n tokens per row, as a server does. `turn` does so for one row and keeps
-memory, and with it what the contender knows of this prompt, for the next `turn`; `room`: tokens of the longest one and
-its answer. `temperature`: of sampling, without truncation; 0: greedy. `tokens` are the new tokens of this request, by
-row. Seconds cover the steps only, not the allocation and release of memory. A failed request is answered by
-{"error": "..."}; the next `start` or `complete` begins afresh, and so does a `turn` after `stop`. Where `modes` of
-the settings lists several, requests to magicdec have the `mode` that it drafts in.
+each on average; `rounds`: steps that brought them. `complete` generates exactly n tokens per row, as a server does.
+`turn` does so for one row and keeps memory, and with it what the contender knows of this prompt, for the next `turn`;
+`room`: tokens of the longest one and its answer. `temperature`: of sampling, without truncation; 0: greedy. `tokens`
+are the new tokens of this request, by row. Seconds cover the steps only, not the allocation and release of memory. A
+failed request is answered by {"error": "..."}; the next `start` or `complete` begins afresh, and so does a `turn` after
+`stop`. Where `modes` of the settings lists several, requests to magicdec have the `mode` that it drafts in.
 """
 
 from __future__ import annotations
@@ -134,13 +134,13 @@ class Driver:
         if not rows:
             raise ValueError("nothing was started")
         tokens: list[list[int]] = [[] for _ in range(rows)]
-        began = perf_counter()
+        rounds, began = 0, perf_counter()
         while sum(map(len, tokens)) < new_tokens * rows:
-            self._step(tokens)
+            rounds += self._step(tokens)
         seconds = perf_counter() - began
         if min(self._left) <= 0:
             raise ValueError("a row reached its limit, and the rest was a smaller batch: ask for fewer tokens")
-        return {"decode_s": seconds, "tokens": tokens}
+        return {"decode_s": seconds, "rounds": rounds, "tokens": tokens}
 
     def _complete(self, prompts: list[list[int]], new_tokens: int, temperature: float) -> dict[str, Any]:
         first_s, tokens = self._start(prompts, new_tokens, temperature, together=False)
@@ -167,10 +167,13 @@ class Driver:
             self._step(tokens)
         return {"first_token_s": first_s, "decode_s": perf_counter() - began - first_s, "tokens": tokens}
 
-    def _step(self, tokens: list[list[int]]) -> None:
-        for row, new in self._peer.step():
+    def _step(self, tokens: list[list[int]]) -> bool:
+        """Return whether a row got tokens."""
+        yielded = self._peer.step()
+        for row, new in yielded:
             tokens[row] += new
             self._left[row] -= len(new)
+        return any(new for _, new in yielded)
 
     def _stop(self) -> None:
         self._left, self._chatting = [], False

@@ -79,7 +79,7 @@ def test_one_contender(start: Start) -> None:
     assert answer["tokens"] == [[0, 1], [1, 2]]
     answer = peer.ask("decode", new_tokens=3)
     assert answer["tokens"] == [[2, 3, 4, 5], [3, 4, 5, 6]]
-    assert answer["decode_s"] > 0
+    assert (answer["decode_s"] > 0, answer["rounds"]) == (True, 2)
     whole = peer.ask("complete", prompts=[[1]], new_tokens=5, temperature=0)
     assert whole["tokens"] == [[0, 1, 2, 3, 4]]
     assert whole["total_s"] == whole["first_token_s"] + whole["decode_s"]
@@ -109,7 +109,7 @@ def test_one_run(start: Start) -> None:
     """All points and turns are measured. A contender that fails to load, or takes fewer rows, is reported with the
     reason."""
     contenders = [
-        Peer("counts", "fake"),
+        Peer("counts", "fake", {"step": 2}),
         Peer("broken", "fake", {"broken": True}),
         Peer("alone", "fake", {"max_batch": 1}),
     ]
@@ -125,6 +125,7 @@ def test_one_run(start: Start) -> None:
     for point in (single, single_alone, double):
         assert len(point.step_ms) == 2
         assert min(point.step_ms) > 0
+        assert point.round_tokens == [2 if point.contender == "counts" else 1] * 2
         assert (len(point.total_s), point.same, point.error) == (1, 1.0, None)
     assert (double_alone.step_ms, double_alone.error) == ([], "takes 1 row at most")
     assert [first.context for first in report.firsts] == [7, 7]
