@@ -57,7 +57,6 @@ class AutoGamma:
         drafts, too. gamma_max, text_gamma_max: largest numbers of drafts per row that a model makes, and that come from
         the text alone; 0: none do.
         """
-        self._models = {model.name: model for model in models}
         self._times = models[0].times
         self._model_gamma_max, self._gamma_max = gamma_max, max(gamma_max, text_gamma_max)
         self._calibration = Calibration()
@@ -109,7 +108,7 @@ class AutoGamma:
         """Return the options of a way, and the batch with its limits: rows on which a model would have to catch up, at
         a cost that its drafts do not save, do not draft."""
         options = self._goodput[way.drafter].options(batch, way.budget)
-        if not (self._models[way.drafter].has_own_kv and any(request.needs_catch_up for request in batch.rows)):
+        if not (self._goodput[way.drafter].model.has_own_kv and any(request.needs_catch_up for request in batch.rows)):
             return batch, options
         others = [self._goodput[other.drafter].options(batch, other.budget) for other in self._without_own_kv()]
         otherwise = max([options.rates[0], *(other.rates.max() for other in others)])
@@ -119,7 +118,7 @@ class AutoGamma:
 
     def _without_own_kv(self) -> list[Way]:
         """Return the ways of models that never catch up."""
-        return [way for way in self._ways if not self._models[way.drafter].has_own_kv]
+        return [way for way in self._ways if not self._goodput[way.drafter].model.has_own_kv]
 
     def _stay(self, options: Options) -> int:
         """Return the best max_gamma, or the current one if that is about as good."""
@@ -148,7 +147,7 @@ class AutoGamma:
         """
         if self._rounds - self._explored_at < _EXPLORE_EVERY:
             return None
-        turns = len(self._ways) + self._models[self._current.drafter].reads_latest  # kinds of explorations
+        turns = len(self._ways) + self._goodput[self._current.drafter].model.reads_latest  # kinds of explorations
         turn = self._explorations % turns
         self._explorations += 1
         if not turn and self._tries_plain(best, options, self._explorations // turns):
@@ -208,10 +207,10 @@ class AutoGamma:
                 judged.append(Judged(request.id, work.computed + 1, accepted - proposed, rejected, work.latest))
             if request.finish_reason is not None:
                 ended.append(request.id)
-        self._models[plan.drafter].acceptance.update(plan.budget, judged)
+        self._goodput[plan.drafter].model.acceptance.update(plan.budget, judged)
         self._text.update(from_text)
         learnt: list[AcceptanceEstimates | TextAcceptance] = [self._text]
-        learnt += [model.acceptance for model in self._models.values()]
+        learnt += [each.model.acceptance for each in self._goodput.values()]
         for estimates in learnt:
             for request_id in ended:
                 estimates.forget(request_id)
@@ -237,7 +236,7 @@ class AutoGamma:
         kind = "verify" if mean else "plain"
         where = verify_bucket(batch, self._times, max(1, round(mean)) if mean else 0)
         self._calibration.update(kind, where, result.verify_seconds, predicted)
-        model, drafts = self._models[plan.drafter], draft_kind(plan.drafter)
+        model, drafts = self._goodput[plan.drafter].model, draft_kind(plan.drafter)
         drafting = sum([batch.draft_seconds(model.times, plan.budget, rows) for rows in _rows_by_step(steps)])
         where = draft_bucket(batch, model.times, plan.budget)
         mixed = any(work.proposed and work.model_drafts for work in plan.work)

@@ -150,16 +150,15 @@ class Goodput:
     ) -> None:
         """model: the one that drafts. gamma_max: largest number of drafts of a row, whoever makes them. text: drafts
         from the text, where it is searched."""
-        self._drafter, self._times = model.name, model.times
+        self.model, self._times = model, model.times
         self._calibration = calibration
-        self._acceptance = model.acceptance
         self._gamma_max = gamma_max
         self._steps = np.arange(1, gamma_max + 1)
-        self._text, self._reads_latest = text, model.reads_latest
+        self._text = text
 
     def options(self, batch: Batch, budget: int, *, worse: bool = False) -> Options:
         """Predict all options with one budget. worse: each row reads what is not best for it."""
-        count, way = batch.count, Way(budget, self._drafter)
+        count, way = batch.count, Way(budget, self.model.name)
         longest = int(batch.limits.max(initial=0))
         verify = self._verify(batch)
         plain = np.array([verify[0]]), np.array([float(count)])
@@ -225,10 +224,11 @@ class Goodput:
         """Estimate the acceptance of a model's drafts, [rows], with what each row reads, and whether that is the latest
         pages; None: there is no choice. worse: see `options`."""
         ids = [row.id for row in batch.rows]
-        chosen = np.array(self._acceptance.alphas(ids, batch.contexts, Reading(budget)))
-        if not self._reads_latest:
+        acceptance = self.model.acceptance
+        chosen = np.array(acceptance.alphas(ids, batch.contexts, Reading(budget)))
+        if not self.model.reads_latest:
             return chosen, None
-        latest = np.array(self._acceptance.alphas(ids, batch.contexts, Reading(budget, latest=True)))
+        latest = np.array(acceptance.alphas(ids, batch.contexts, Reading(budget, latest=True)))
         differ = np.array(batch.contexts) > budget  # others read everything
         reads_latest = ((latest > chosen + _MARGIN) ^ worse) & differ
         return np.where(reads_latest, latest, chosen), reads_latest
@@ -244,7 +244,7 @@ class Goodput:
 
     def _draft(self, batch: Batch, budget: int) -> tuple[float, float]:
         """Predict the seconds of a draft step: with one row, and for each further row."""
-        factor = self._calibration.factor(draft_kind(self._drafter), draft_bucket(batch, self._times, budget))
+        factor = self._calibration.factor(draft_kind(self.model.name), draft_bucket(batch, self._times, budget))
         first_row_s = factor * batch.draft_seconds(self._times, budget, 1)
         if batch.count == 1:
             return first_row_s, 0.0

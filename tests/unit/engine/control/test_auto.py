@@ -139,7 +139,7 @@ def test_any_batch_is_answered(rows: int, contexts: list[int], seed: int) -> Non
 def test_ended_requests_are_forgotten() -> None:
     load = Load(Machine(), [20000] * 4, [0.8] * 4)
     load.run(50)
-    acceptance = load.controller._models[None].acceptance
+    acceptance = load.controller._goodput[None].model.acceptance
     assert len(acceptance._requests) == 4
     for row in load.rows:
         row.finish_reason = "stop"
