@@ -19,6 +19,7 @@ from engine.control.drafting_model import DraftingModel
 from engine.control.goodput import Batch, Goodput, Option, Options, draft_bucket, draft_kind, verify_bucket
 from engine.control.text_acceptance import JudgedProposal, TextAcceptance
 from engine.control.text_options import TextChooser
+from engine.control.text_outlook import Advance, TextOutlook
 from engine.ngram.ngram_drafts import Proposal
 from engine.plan import RoundPlan, RoundResult
 from engine.scheduler.controller import ControllerReport, RowDrafts, Way
@@ -61,8 +62,9 @@ class AutoGamma:
         self._model_gamma_max, self._gamma_max = gamma_max, max(gamma_max, text_gamma_max)
         self._calibration = Calibration()
         self._text, self.takes_text = TextAcceptance(), text_gamma_max > 0
-        text = TextChooser(self._text, self._gamma_max, gamma_max) if text_gamma_max else None
-        self._goodput = {model.name: Goodput(model, self._calibration, self._gamma_max, text) for model in models}
+        self._outlook = TextOutlook()
+        text = (TextChooser(self._text, self._gamma_max, gamma_max), self._outlook) if text_gamma_max else ()
+        self._goodput = {model.name: Goodput(model, self._calibration, self._gamma_max, *text) for model in models}
         self._ways = [Way(budget, model.name) for model in models for budget in model.budgets]
         self._catch_up = CatchUp()
         self._rounds = 0
@@ -154,7 +156,7 @@ class AutoGamma:
             candidates = [options.plain]
         else:
             candidates = self._other_options(drafting, batch, options, turn)
-        losses = [each.seconds - each.tokens / best.rate for each in candidates]
+        losses = [each.seconds - each.worth / best.rate for each in candidates]
         if not losses or min(losses) > self._explore_credit:
             return None  # too expensive for now; the next option may not be
         self._explored_at = self._rounds
@@ -192,7 +194,7 @@ class AutoGamma:
         """See Controller.observe."""
         outcomes = iter(result.rows)
         tokens = 0
-        judged, from_text, ended = [], [], []
+        judged, from_text, advances, ended = [], [], [], []
         proposals = self._pending.proposals if self._pending is not None else {}
         for request, work in zip(requests, plan.work, strict=True):
             if not work.samples:
@@ -200,6 +202,7 @@ class AutoGamma:
             outcome = next(outcomes)
             tokens += outcome.accepted + 1
             proposed, accepted = len(work.proposed), outcome.accepted
+            advances.append(Advance(request.id, proposed > 0, accepted + 1))
             if proposal := proposals.get(request.id):
                 from_text.append(_judge(request.id, proposal, outcome.tokens))
             if work.model_drafts and accepted >= proposed:
@@ -209,13 +212,15 @@ class AutoGamma:
                 ended.append(request.id)
         self._goodput[plan.drafter].model.acceptance.update(plan.budget, judged)
         self._text.update(from_text)
-        learnt: list[AcceptanceEstimates | TextAcceptance] = [self._text]
+        learnt: list[AcceptanceEstimates | TextAcceptance | TextOutlook] = [self._text, self._outlook]
         learnt += [each.model.acceptance for each in self._goodput.values()]
         for estimates in learnt:
             for request_id in ended:
                 estimates.forget(request_id)
             estimates.retain((request.id for request in requests), beyond=6 * len(requests) + 1000)
         decision, self._pending = self._pending, None
+        if self.takes_text:
+            self._outlook.update(advances, self._plain_rounds(decision, plan, result))
         if decision is None:
             return
         caught_up = sum([work.catch_up for work in plan.work])
@@ -225,6 +230,13 @@ class AutoGamma:
             # With prompts in the round the time of its drafts is unknown, so an exploration is charged as predicted.
             seconds = decision.chosen.seconds + self._catch_up.seconds(caught_up)
             self._charge(decision, decision.best.seconds, seconds, decision.chosen.tokens)
+
+    @staticmethod
+    def _plain_rounds(decision: _Decision | None, plan: RoundPlan, result: RoundResult) -> float | None:
+        """Return the time of a round that only decoded, in plain rounds of the same rows."""
+        if decision is None or len(plan.work) != decision.batch.count:
+            return None
+        return (result.draft_seconds + result.verify_seconds) / decision.plain_s
 
     def _observe_time(
         self, decision: _Decision, plan: RoundPlan, result: RoundResult, tokens: int, caught_up: int
@@ -259,7 +271,8 @@ class AutoGamma:
         if it was one."""
         self._explore_credit = min(self._explore_credit + _EXPLORE * earned, 10 * earned)
         if decision.chosen is not decision.best:
-            self._explore_credit -= max(0.0, seconds - tokens / decision.best.rate)
+            worth = tokens * decision.chosen.worth / decision.chosen.tokens
+            self._explore_credit -= max(0.0, seconds - worth / decision.best.rate)
 
 
 def _judge(request: str, proposal: Proposal, tokens: Sequence[int]) -> JudgedProposal:

@@ -8,7 +8,8 @@ whichever has more goodput.
     goodput = (rows + sum over rows of alpha + alpha^2 + ... + alpha^gamma) / (verify + draft steps)
 
 with each row's own gamma and acceptance probability alpha. Section 3 of MagicDec (arXiv 2408.11049) has the same ratio
-for one gamma. Where text is searched, rows also choose between its tokens and a model's (engine.control.text_options).
+for one gamma. Where text is searched, rows also choose between its tokens and a model's (engine.control.text_options),
+and a model's count for what they are worth (engine.control.text_outlook).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from engine.control.calibration import Calibration
 from engine.control.drafting_model import DraftingModel
 from engine.control.step_times import StepTimes
 from engine.control.text_options import TextChooser
+from engine.control.text_outlook import TextOutlook
 from engine.ngram.ngram_drafts import Proposal
 from engine.plan import DrafterName
 from engine.scheduler.controller import RowDrafts, Way
@@ -83,40 +85,42 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One option. drafts: per row. seconds, tokens: predicted, of the whole batch."""
+    """One option. drafts: per row. seconds, tokens, worth: predicted, of the whole batch; see Options."""
 
     drafts: list[RowDrafts]
     way: Way
     seconds: float
     tokens: float
+    worth: float
 
     @property
     def rate(self) -> float:
-        return self.tokens / self.seconds
+        return self.worth / self.seconds
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
     """Options of each max_gamma from 0: plain decoding, or, where text is searched, drafts from it alone.
 
-    seconds, tokens, rates: [max_gammas]. drafts: [max_gammas, rows], a model's. proposed: the same, drafts from the
-    text before them; None: there are none. latest: [rows], see RowWork; None: of no row. plain_s: of a plain round.
+    seconds, tokens, worth: [max_gammas]; worth is tokens as they count (engine.control.text_outlook). drafts:
+    [max_gammas, rows], a model's. proposed: the same, drafts from the text before them; None: there are none. latest:
+    [rows], see RowWork; None: of no row. plain_s: of a plain round.
     """
 
     way: Way
     seconds: Floats
     tokens: Floats
-    rates: Floats
+    worth: Floats
     drafts: Ints
     plain_s: float
     proposed: Ints | None = None
     latest: Flags | None = None
 
     def __len__(self) -> int:
-        return len(self.rates)
+        return len(self.seconds)
 
     def __getitem__(self, max_gamma: int) -> Option:
-        seconds, tokens = float(self.seconds[max_gamma]), float(self.tokens[max_gamma])
+        predicted = [float(each[max_gamma]) for each in (self.seconds, self.tokens, self.worth)]
         drafts = self.drafts[max_gamma].tolist()
         proposed = [0] * len(drafts) if self.proposed is None else self.proposed[max_gamma].tolist()
         latest = [False] * len(drafts) if self.latest is None else self.latest.tolist()
@@ -124,17 +128,22 @@ class Options:
             RowDrafts(text, model, late and model > 0)
             for text, model, late in zip(proposed, drafts, latest, strict=True)
         ]
-        return Option(rows, self.way, seconds, tokens)
+        return Option(rows, self.way, *predicted)
 
     @property
     def plain(self) -> Option:
         """Return the option without drafts."""
         count = self.drafts.shape[1]
-        return Option([RowDrafts()] * count, self.way, self.plain_s, count)
+        return Option([RowDrafts()] * count, self.way, self.plain_s, count, count)
+
+    @property
+    def rates(self) -> Floats:
+        """Return the predicted worth per second: [max_gammas]."""
+        return self.worth / self.seconds
 
     @property
     def best(self) -> int:
-        """Return the max_gamma with the highest predicted throughput."""
+        """Return the max_gamma with the most worth per second."""
         return int(self.rates.argmax())
 
 
@@ -147,25 +156,26 @@ class Goodput:
         calibration: Calibration,
         gamma_max: int,
         text: TextChooser | None = None,
+        outlook: TextOutlook | None = None,
     ) -> None:
-        """model: the one that drafts. gamma_max: largest number of drafts of a row, whoever makes them. text: drafts
-        from the text, where it is searched."""
+        """model: the one that drafts. gamma_max: largest number of drafts of a row, whoever makes them. text, outlook:
+        drafts from the text, and their outlook, where it is searched."""
         self.model, self._times = model, model.times
         self._calibration = calibration
         self._gamma_max = gamma_max
         self._steps = np.arange(1, gamma_max + 1)
-        self._text = text
+        self._text, self._outlook = text, outlook
 
     def options(self, batch: Batch, budget: int, *, worse: bool = False) -> Options:
         """Predict all options with one budget. worse: each row reads what is not best for it."""
         count, way = batch.count, Way(budget, self.model.name)
         longest = int(batch.limits.max(initial=0))
         verify = self._verify(batch)
-        plain = np.array([verify[0]]), np.array([float(count)])
+        plain = np.array([verify[0]]), *[np.array([float(count)])] * 2
         if not longest:
             no_drafts = np.zeros((1, count), dtype=np.int64)
-            options = Options(way, *plain, plain[1] / plain[0], no_drafts, verify[0])
-            return self._with_text(options, batch, verify, (0.0, 0.0), np.zeros(count))
+            options = Options(way, *plain, no_drafts, verify[0])
+            return self._with_text(options, batch, verify, (0.0, 0.0), np.zeros(count), np.ones((count, 1)))
         first_row_s, further_row_s = self._draft(batch, budget)
         max_gammas = steps = self._steps[:longest]
 
@@ -179,46 +189,61 @@ class Goodput:
         alphas, latest = self._alphas(batch, budget, worse)
         allowed = steps <= batch.limits[:, None]
         accepted = alphas[:, None] ** steps * allowed  # [rows, steps]: draft s is accepted with probability alpha^s
-        even_tokens = count + accepted.sum(0).cumsum()
+        of_drafts = self._worth(batch)
+        valued = accepted * of_drafts[:, :longest]
+        even_tokens, even_worth = (count + each.sum(0).cumsum() for each in (accepted, valued))
         even_seconds = seconds(allowed.sum(0).cumsum(), max_gammas)
-        even_rates = even_tokens / even_seconds
+        even_rates = even_worth / even_seconds
         # A row's next draft must yield more tokens than its time would yield elsewhere.
         rises = np.diff(verify[: longest + 1]).clip(min=0)  # measured passes may be faster with more drafts
-        min_acceptance = even_rates * (rises / count + further_row_s)
-        worth = ((accepted >= min_acceptance[:, None, None]) & allowed & (steps <= max_gammas[:, None, None])).cumprod(
+        min_worth = even_rates * (rises / count + further_row_s)
+        pays = ((valued >= min_worth[:, None, None]) & allowed & (steps <= max_gammas[:, None, None])).cumprod(
             2, dtype=bool
         )  # [max_gammas, rows, steps]; a row's drafts are its first ones
-        by_step = worth.sum(1)
+        by_step = pays.sum(1)
         drafts = by_step.sum(1)
-        tokens = count + (accepted * worth).sum((1, 2))
+        tokens, worth = (count + (each * pays).sum((1, 2)) for each in (accepted, valued))
         round_seconds = seconds(drafts, (by_step > 0).sum(1))
-        better = (drafts > 0) & (tokens / round_seconds > even_rates)
+        better = (drafts > 0) & (worth / round_seconds > even_rates)
         tokens = np.concatenate([plain[1], np.where(better, tokens, even_tokens)])
+        worth = np.concatenate([plain[1], np.where(better, worth, even_worth)])
         round_seconds = np.concatenate([plain[0], np.where(better, round_seconds, even_seconds)])
         gammas = np.zeros((longest + 1, count), dtype=np.int64)
-        gammas[1:] = np.where(better[:, None], worth.sum(2), np.minimum(max_gammas[:, None], batch.limits))
-        options = Options(way, round_seconds, tokens, tokens / round_seconds, gammas, verify[0], None, latest)
-        return self._with_text(options, batch, verify, (first_row_s, further_row_s), alphas)
+        gammas[1:] = np.where(better[:, None], pays.sum(2), np.minimum(max_gammas[:, None], batch.limits))
+        options = Options(way, round_seconds, tokens, worth, gammas, verify[0], None, latest)
+        return self._with_text(options, batch, verify, (first_row_s, further_row_s), alphas, of_drafts)
 
     def _with_text(
-        self, options: Options, batch: Batch, verify: Sequence[float], step_s: tuple[float, float], alphas: Floats
+        self,
+        options: Options,
+        batch: Batch,
+        verify: Sequence[float],
+        step_s: tuple[float, float],
+        alphas: Floats,
+        of_drafts: Floats,
     ) -> Options:
         """Return the options with drafts from the text, where these are better. step_s: seconds of a draft step, with
-        one row and for each further row. alphas: [rows], acceptance of a model's drafts."""
+        one row and for each further row. alphas: [rows], acceptance of a model's drafts. of_drafts: see `_worth`."""
         if self._text is None or not batch.proposals:
             return options
-        work = self._text.choose(batch, verify, step_s, alphas, options.rates)
+        work = self._text.choose(batch, verify, step_s, alphas, of_drafts, options.rates)
         better = work.rates > options.rates
         return Options(
             options.way,
             np.where(better, work.seconds, options.seconds),
             np.where(better, work.tokens, options.tokens),
-            np.where(better, work.rates, options.rates),
+            np.where(better, work.worth, options.worth),
             np.where(better[:, None], work.drafts, options.drafts),
             options.plain_s,
             np.where(better[:, None], work.proposed, 0),
             options.latest,
         )
+
+    def _worth(self, batch: Batch) -> Floats:
+        """Return what a model's drafts are worth, if they are accepted: [rows, steps]."""
+        if self._outlook is None:
+            return np.ones((batch.count, len(self._steps)))
+        return self._outlook.worth([row.id for row in batch.rows], self._steps)
 
     def _alphas(self, batch: Batch, budget: int, worse: bool) -> tuple[Floats, Flags | None]:
         """Estimate the acceptance of a model's drafts, [rows], with what each row reads, and whether that is the latest

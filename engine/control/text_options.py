@@ -3,14 +3,15 @@
 With lambda tokens per second, a draft must yield more than its time would yield elsewhere. Let v be the time that one
 more draft adds to the verify pass and f what one more row adds to a draft step. A row takes the most valuable of
 
-    text            sum over s <= p of b_s                                 - lambda v p
-    model           sum over s <= j of a^s                                 - lambda (v + f) j
-    text, model     sum over s <= p of b_s + b_p (sum over s <= j of a^s)  - lambda (v (p + j) + f (p + j))
+    text            sum over s <= p of b_s                                     - lambda v p
+    model           sum over s <= j of a^s w_s                                 - lambda (v + f) j
+    text, model     sum over s <= p of b_s + b_p (sum over s <= j of a^s w_s)  - lambda (v (p + j) + f (p + j))
 
-a is its acceptance probability of a model's drafts, b_s = first * later^(s - 1) the probability that s drafts from the
-text are accepted (engine.control.text_acceptance), p and j the largest numbers of drafts that are worth their time. In
-the last way the model also computes the text's drafts, in its first step. lambda is the rate that the options of the
-round have without text, and then the one that this choice has.
+a is its acceptance probability of a model's drafts and w_s what these are worth (engine.control.text_outlook), b_s =
+first * later^(s - 1) the probability that s drafts from the text are accepted (engine.control.text_acceptance), p and j
+the largest numbers of drafts that are worth their time. In the last way the model also computes the text's drafts, in
+its first step. lambda is the rate that the options of the round have without text, and then the one that this choice
+has.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from kernels.ragged import Ints
 Floats = npt.NDArray[np.float64]
 
 _TEXT, _MODEL, _BOTH = range(3)
-_MANY, _ROUNDING = 1000, 1e-9
 
 
 class ProposedBatch(Protocol):
@@ -43,14 +43,18 @@ class ProposedBatch(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TextChoice:
-    """Choice for each largest number of draft steps. seconds, tokens, rates: [max_gammas]. proposed, drafts:
-    [max_gammas, rows], drafts from the text and, after them, of a model."""
+    """Choice for each largest number of draft steps. seconds, tokens, worth: [max_gammas], see Options. proposed,
+    drafts: [max_gammas, rows], drafts from the text and, after them, of a model."""
 
     seconds: Floats
     tokens: Floats
-    rates: Floats
+    worth: Floats
     proposed: Ints
     drafts: Ints
+
+    @property
+    def rates(self) -> Floats:
+        return self.worth / self.seconds
 
 
 class TextChooser:
@@ -70,13 +74,14 @@ class TextChooser:
         verify: Sequence[float],
         step_s: tuple[float, float],
         alphas: Floats,
+        worth: Floats,
         rates: Floats,
     ) -> TextChoice:
         """Choose for each largest number of draft steps from 0.
 
         verify: seconds of a verify pass by drafts per row. step_s: seconds of a draft step, with one row and for each
-        further row. alphas: [rows], acceptance of a model's drafts. rates: [max_gammas], tokens per second without
-        text.
+        further row. alphas: [rows], acceptance of a model's drafts. worth: [rows, steps], see TextOutlook. rates:
+        [max_gammas], worth per second without text.
         """
         matches = [proposal.match for proposal in batch.proposals]
         betas: Floats = np.array(self._acceptance.alphas([row.id for row in batch.rows], matches))  # [rows, 2]
@@ -84,6 +89,7 @@ class TextChooser:
         survival: Floats = betas[:, :1] * betas[:, 1:] ** (self._steps - 1)  # [rows, steps]
         survival = survival * (self._steps <= lengths[:, None])
         after: Floats = alphas[:, None] ** self._model_steps * (self._model_steps <= batch.limits[:, None])
+        valued = after * worth[:, : len(self._model_steps)]
         # A verify pass has several slopes over drafts, as kernels and what bounds them change. Three views of it are
         # tried: as if all rows drafted alike, its mean slope, and its first one.
         rises = np.diff(np.array(verify)).clip(min=0) / len(lengths)
@@ -93,7 +99,7 @@ class TextChooser:
         most = np.minimum(np.tile(np.arange(count), len(views))[:, None], batch.limits)
         best: TextChoice | None = None
         for _ in range(2):
-            choice = self._at_rate(tried, slope, survival, after, alphas, most, batch.limits, verify, step_s)
+            choice = self._at_rate(tried, slope, survival, after, valued, most, batch.limits, verify, step_s)
             best = _better(best, choice, count)
             tried = np.tile(best.rates, len(views))
         assert best is not None
@@ -105,7 +111,7 @@ class TextChooser:
         slope: Floats,
         survival: Floats,
         after: Floats,
-        alphas: Floats,
+        valued: Floats,
         most: Ints,
         limits: Ints,
         verify: Sequence[float],
@@ -113,8 +119,8 @@ class TextChooser:
     ) -> TextChoice:
         """Choose where a second is worth `rates` tokens. slope: [options, steps], seconds of one more draft. survival,
         after: [rows, steps], probability that drafts from the text, and a model's alone, are accepted up to a step.
-        alphas: [rows], of a model's drafts. most: [options, rows], drafts of a model alone. limits: [rows], drafts of a
-        row that a model takes part in."""
+        valued: the latter times what the draft is worth. most: [options, rows], drafts of a model alone. limits:
+        [rows], drafts of a row that a model takes part in."""
         first_row_s, further_row_s = step_s
         count, rows = len(survival), np.arange(len(survival))
         text_price, model_price = rates[:, None] * slope, rates * (slope.mean(1) + further_row_s)  # in tokens
@@ -122,27 +128,27 @@ class TextChooser:
         proposes = np.flatnonzero(survival[:, 0])
         p[:, proposes] = _leading((survival > 0)[proposes] & (survival[proposes] >= text_price[:, None]))
         reached = np.concatenate([np.ones((count, 1)), survival], 1)[rows, p]
-        alone = np.minimum(_powers_above(model_price[:, None], alphas), most)
+        alone = np.minimum(_worthwhile(valued, model_price[:, None]), most)
         with np.errstate(divide="ignore"):
             least = model_price[:, None] / reached
-        behind = np.minimum(_powers_above(least, alphas), np.minimum(most, limits - p).clip(min=0))
-        text_tokens, model_tokens = _sums(survival), _sums(after)
+        behind = np.minimum(_worthwhile(valued, least), np.minimum(most, limits - p).clip(min=0))
+        text_tokens, model_tokens, model_worth = _sums(survival), _sums(after), _sums(valued)
         from_text, text_cost = text_tokens[rows, p], np.take_along_axis(_sums(text_price), p, 1)
         price = model_price[:, None]
-        both = from_text + reached * model_tokens[rows, behind] - text_cost - price * behind
+        both = from_text + reached * model_worth[rows, behind] - text_cost - price * behind
         both -= (rates * further_row_s)[:, None] * p  # the model computes them
-        gains = np.stack([from_text - text_cost, model_tokens[rows, alone] - price * alone, both])
+        gains = np.stack([from_text - text_cost, model_worth[rows, alone] - price * alone, both])
         way = gains.argmax(0)
         proposed = np.where(way == _MODEL, 0, p)
         drafts = np.where(way == _TEXT, 0, np.where(way == _MODEL, alone, behind))
-        tokens = np.where(way == _MODEL, 0.0, from_text)
-        tokens += np.where(way == _MODEL, 1.0, reached) * model_tokens[rows, drafts]
-        tokens = count + tokens.sum(1)
+        of_text, reached = np.where(way == _MODEL, 0.0, from_text), np.where(way == _MODEL, 1.0, reached)
+        tokens = count + (of_text + reached * model_tokens[rows, drafts]).sum(1)
+        worth = count + (of_text + reached * model_worth[rows, drafts]).sum(1)
         steps = drafts.max(1)
         computed = (drafts + np.where(drafts > 0, proposed, 0)).sum(1)
         seconds = np.interp((proposed + drafts).sum(1) / count, np.arange(len(verify)), verify)
         seconds = seconds + steps * first_row_s + (computed - steps) * further_row_s
-        return TextChoice(seconds, tokens, tokens / seconds, proposed, drafts)
+        return TextChoice(seconds, tokens, worth, proposed, drafts)
 
 
 def _better(best: TextChoice | None, choice: TextChoice, count: int) -> TextChoice:
@@ -167,17 +173,11 @@ def _leading(holds: npt.NDArray[np.bool_]) -> Ints:
     return counts
 
 
-def _powers_above(least: Floats, bases: Floats) -> Ints:
-    """Return the largest j such that 0 < base^j >= least; 0 where there is none, and a large number where there is no
-    largest.
-
-    least: [options, rows]. bases: [rows], from 0 to 1.
-    """
-    with np.errstate(divide="ignore", invalid="ignore"):
-        powers = np.log(least.clip(min=0)) / np.log(bases) + _ROUNDING  # of logarithms that are negative, or infinite
-    powers = np.where(bases < 1, powers, np.where(least <= 1, _MANY, 0))
-    found: Ints = np.where(bases > 0, powers, 0).clip(0, _MANY).astype(np.int64)
-    return found
+def _worthwhile(valued: Floats, least: Floats) -> Ints:
+    """Count the steps that are worth at least `least`. valued: [rows, steps], falling; 0 where there is none. least:
+    [options, rows], or of all rows."""
+    counts: Ints = ((valued >= least[..., None]) & (valued > 0)).sum(-1)
+    return counts
 
 
 def _sums(values: Floats) -> Floats:

@@ -16,7 +16,7 @@ from engine.control.auto import AutoGamma
 from engine.control.drafting_model import DraftingModel
 from engine.control.step_times import StepSample, StepTimes
 from engine.control.text_acceptance import JudgedProposal, TextAcceptance, TextAlpha
-from engine.control.text_options import _MANY, TextChooser, _powers_above
+from engine.control.text_options import TextChooser
 from engine.messages import AddRequest
 from engine.ngram.ngram_drafts import NO_PROPOSAL, Proposal
 from engine.params import SamplingParams
@@ -64,23 +64,25 @@ PROBABILITIES = st.sampled_from([0.05, 0.3, 0.6, 0.8, 0.95])
     ),
     st.floats(0.01, 0.3),
     st.sampled_from([(0.0, 0.0), (0.1, 0.02), (0.3, 0.1), (0.6, 0.2)]),
+    st.sampled_from([1.0, 0.95, 0.7, 0.3]),
 )
 @examples(60, 600)
 def test_near_the_best_choice(
-    rows: list[tuple[float, TextAlpha, int]], slope: float, step_s: tuple[float, float]
+    rows: list[tuple[float, TextAlpha, int]], slope: float, step_s: tuple[float, float], kept: float
 ) -> None:
     """rows: acceptance of a model's drafts and of the text's, and length of the proposal. slope: of a verify pass over
-    drafts, relative to a plain step."""
+    drafts, relative to a plain step. kept: what each further draft of a model is worth of the one before it."""
     count = len(rows)
     verify = [1 + slope * gamma for gamma in range(max(MODEL_MAX, TEXT_MAX) + 1)]
     alphas, betas = np.array([row[0] for row in rows]), [row[1] for row in rows]
     first_s, further_s = step_s
     models = MODEL_MAX if first_s else 0  # without a model that drafts
 
-    def rate(choice: tuple[tuple[int, int], ...]) -> float:
+    def rate(choice: tuple[tuple[int, int], ...], kept: float = kept) -> float:
         tokens = float(count)
         for (p, j), (a, b, _) in zip(choice, rows, strict=True):
-            tokens += sum(survival(b, s) for s in range(1, p + 1)) + survival(b, p) * sum(a**s for s in range(1, j + 1))
+            of_model = sum((a * kept) ** s for s in range(1, j + 1))
+            tokens += sum(survival(b, s) for s in range(1, p + 1)) + survival(b, p) * of_model
         steps = max(j for _, j in choice)
         computed = sum(j + (p if j else 0) for p, j in choice)
         drafts = sum(p + j for p, j in choice) / count
@@ -96,10 +98,12 @@ def test_near_the_best_choice(
     batch = Rows(rows_of(count), proposals, np.full(count, models))
     options = TextChooser(Known(betas), TEXT_MAX, models)
     plain = np.array([rate(((0, min(gamma, models)),) * count) for gamma in range(models + 1)])
-    choice = options.choose(batch, verify, step_s, alphas if models else np.zeros(count), plain)
+    worth = np.array([[kept**s for s in range(1, TEXT_MAX + 1)]] * count)
+    choice = options.choose(batch, verify, step_s, alphas if models else np.zeros(count), worth, plain)
     for index in range(len(plain)):
         made = tuple(zip(choice.proposed[index].tolist(), choice.drafts[index].tolist(), strict=True))
         assert choice.rates[index] == pytest.approx(rate(made))
+        assert choice.tokens[index] / choice.seconds[index] == pytest.approx(rate(made, 1.0))
         assert max(j for _, j in made) <= index
         assert all(p <= len(proposal.tokens) for (p, _), proposal in zip(made, proposals, strict=True))
         assert all(p + j <= MODEL_MAX for p, j in made if p and j)
@@ -118,7 +122,7 @@ def test_verify_times_that_are_no_line(verify: list[float], beta: float) -> None
     best = max((1 + sum(beta**s for s in range(1, p + 1))) / verify[p] for p in range(TEXT_MAX + 1))
     batch = Rows(rows_of(1), [Proposal([0] * TEXT_MAX, 8)], np.zeros(1, dtype=np.int64))
     choice = TextChooser(Known([TextAlpha(beta, beta)]), TEXT_MAX, 0).choose(
-        batch, verify, (0.0, 0.0), np.zeros(1), np.array([1.0])
+        batch, verify, (0.0, 0.0), np.zeros(1), np.ones((1, 1)), np.array([1.0])
     )
     assert max(1.0, choice.rates[0]) >= 0.95 * best
 
@@ -245,14 +249,3 @@ def test_records_of_requests_that_are_gone() -> None:
     assert len(estimates._requests) == 20
     estimates.retain(["3"], beyond=10)
     assert list(estimates._requests) == ["3"]
-
-
-@pytest.mark.parametrize(
-    ("base", "least", "expected"),
-    [
-        *((0.5, 0.25, 2), (0.6, 0.36, 2), (0.5, 0.26, 1), (0.5, 2.0, 0), (0.5, np.inf, 0), (0.5, 0.0, _MANY)),
-        *((0.5, -1.0, _MANY), (1.0, 0.3, _MANY), (1.0, 1.0, _MANY), (1.0, 2.0, 0), (0.0, 0.1, 0), (0.0, -1.0, 0)),
-    ],
-)
-def test_powers_that_are_worth_a_price(base: float, least: float, expected: int) -> None:
-    assert _powers_above(np.array([[least]]), np.array([base])).tolist() == [[expected]]
