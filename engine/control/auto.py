@@ -192,10 +192,11 @@ class AutoGamma:
 
     def observe(self, plan: RoundPlan, requests: Sequence[Request], result: RoundResult) -> None:
         """See Controller.observe."""
+        decision, self._pending = self._pending, None
         outcomes = iter(result.rows)
         tokens = 0
         judged, from_text, advances, ended = [], [], [], []
-        proposals = self._pending.proposals if self._pending is not None else {}
+        proposals = decision.proposals if decision is not None else {}
         for request, work in zip(requests, plan.work, strict=True):
             if not work.samples:
                 continue
@@ -212,15 +213,14 @@ class AutoGamma:
                 ended.append(request.id)
         self._goodput[plan.drafter].model.acceptance.update(plan.budget, judged)
         self._text.update(from_text)
+        if self.takes_text:
+            self._outlook.update(advances, self._plain_rounds(decision, plan, result))
         learnt: list[AcceptanceEstimates | TextAcceptance | TextOutlook] = [self._text, self._outlook]
         learnt += [each.model.acceptance for each in self._goodput.values()]
         for estimates in learnt:
             for request_id in ended:
                 estimates.forget(request_id)
             estimates.retain((request.id for request in requests), beyond=6 * len(requests) + 1000)
-        decision, self._pending = self._pending, None
-        if self.takes_text:
-            self._outlook.update(advances, self._plain_rounds(decision, plan, result))
         if decision is None:
             return
         caught_up = sum([work.catch_up for work in plan.work])

@@ -171,10 +171,10 @@ class Goodput:
         count, way = batch.count, Way(budget, self.model.name)
         longest = int(batch.limits.max(initial=0))
         verify = self._verify(batch)
-        plain = np.array([verify[0]]), *[np.array([float(count)])] * 2
+        plain_seconds, plain_tokens = np.array([verify[0]]), np.array([float(count)])
         if not longest:
             no_drafts = np.zeros((1, count), dtype=np.int64)
-            options = Options(way, *plain, no_drafts, verify[0])
+            options = Options(way, plain_seconds, plain_tokens, plain_tokens, no_drafts, verify[0])
             return self._with_text(options, batch, verify, (0.0, 0.0), np.zeros(count), np.ones((count, 1)))
         first_row_s, further_row_s = self._draft(batch, budget)
         max_gammas = steps = self._steps[:longest]
@@ -205,9 +205,9 @@ class Goodput:
         tokens, worth = (count + (each * pays).sum((1, 2)) for each in (accepted, valued))
         round_seconds = seconds(drafts, (by_step > 0).sum(1))
         better = (drafts > 0) & (worth / round_seconds > even_rates)
-        tokens = np.concatenate([plain[1], np.where(better, tokens, even_tokens)])
-        worth = np.concatenate([plain[1], np.where(better, worth, even_worth)])
-        round_seconds = np.concatenate([plain[0], np.where(better, round_seconds, even_seconds)])
+        tokens = np.concatenate([plain_tokens, np.where(better, tokens, even_tokens)])
+        worth = np.concatenate([plain_tokens, np.where(better, worth, even_worth)])
+        round_seconds = np.concatenate([plain_seconds, np.where(better, round_seconds, even_seconds)])
         gammas = np.zeros((longest + 1, count), dtype=np.int64)
         gammas[1:] = np.where(better[:, None], pays.sum(2), np.minimum(max_gammas[:, None], batch.limits))
         options = Options(way, round_seconds, tokens, worth, gammas, verify[0], None, latest)

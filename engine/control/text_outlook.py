@@ -88,18 +88,14 @@ class TextOutlook:
         """Return the worth of a model's drafts, if they are accepted: [requests, steps]. steps: their numbers, from
         1."""
         kept, share = self._kept(requests), self.share
-        worth: npt.NDArray[np.float64] = share + (1 - share) * np.array(kept)[:, None] ** steps
-        return worth
+        waiting: npt.NDArray[np.float64] = np.array(kept)[:, None] ** steps
+        return share + (1 - share) * waiting
 
-    def update(self, advances: Iterable[Advance], rounds: float | None) -> None:
+    def update(self, advances: Sequence[Advance], rounds: float | None) -> None:
         """Learn from a round. rounds: its time in plain rounds of the same rows; None: unknown."""
-        for speed in (self._copying, self._others):
-            speed.fade()
+        if rounds is not None:
+            self._learn_speeds(advances, rounds)
         for request, copied, tokens in advances:
-            if rounds is not None and copied:
-                self._copying.add(tokens, rounds)
-            elif rounds is not None:
-                self._others.add(1 + float(self.worth([request], np.arange(1, tokens)).sum()), rounds)
             row = self._rows.get(request)
             if row is None:
                 row = self._rows[request] = _Row(copied, tokens)
@@ -109,6 +105,17 @@ class TextOutlook:
                 row.waits.add(waited, int(copied), _REQUEST_MEMORY)
                 self._all.add(waited, int(copied), _MEMORY)
             row.copied, row.tokens = copied, tokens
+
+    def _learn_speeds(self, advances: Sequence[Advance], rounds: float) -> None:
+        share = self.share
+        for speed in (self._copying, self._others):
+            speed.fade()
+        for (_, copied, tokens), kept in zip(advances, self._kept([each.request for each in advances]), strict=True):
+            if copied:
+                self._copying.add(tokens, rounds)
+            else:
+                waiting = kept * (1 - kept ** (tokens - 1)) / (1 - kept) if kept < 1 else tokens - 1
+                self._others.add(1 + share * (tokens - 1) + (1 - share) * waiting, rounds)
 
     def _kept(self, requests: Sequence[str]) -> list[float]:
         """Estimate `kept` of each request."""
