@@ -1,7 +1,8 @@
 """Controller that decides when to speculate, and how much (MagicDec, arXiv 2408.11049, section 3).
 
-Each round runs the option with the highest predicted tokens per second (engine.control.goodput): gamma per row, what
-its drafts read where a row may choose, and the way to draft, which is a model and a budget, where there are several.
+Each round runs the option with the highest predicted tokens per second, as they count (engine.control.goodput): gamma
+per row, what its drafts read where a row may choose, and the way to draft, which is a model and a budget, where there
+are several.
 Plain decoding, gamma = 0, is always an option. Predictions start from the profile and are corrected by the times and
 the acceptance of real rounds.
 """
@@ -31,6 +32,8 @@ _EXPLORE = 0.01
 """Share of time that may be lost to exploring options that are not predicted to be best."""
 _EXPLORE_EVERY = 16
 """Smallest number of rounds between two explorations, and between two comparisons of ways."""
+_STALL = 2.0
+"""Largest factor by which a round may be slower than predicted, where its speed is learnt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +206,8 @@ class AutoGamma:
             outcome = next(outcomes)
             tokens += outcome.accepted + 1
             proposed, accepted = len(work.proposed), outcome.accepted
-            advances.append(Advance(request.id, proposed > 0, accepted + 1))
+            if request.params.max_draft_tokens != 0:  # else it could not have copied
+                advances.append(Advance(request.id, proposed > 0, accepted + 1))
             if proposal := proposals.get(request.id):
                 from_text.append(_judge(request.id, proposal, outcome.tokens))
             if work.model_drafts and accepted >= proposed:
@@ -213,7 +217,8 @@ class AutoGamma:
                 ended.append(request.id)
         self._goodput[plan.drafter].model.acceptance.update(plan.budget, judged)
         self._text.update(from_text)
-        if self.takes_text:
+        if self.takes_text and (decision is None or decision.chosen is decision.best):
+            # An exploration in the middle of a copy is no wait for one.
             self._outlook.update(advances, self._plain_rounds(decision, plan, result))
         learnt: list[AcceptanceEstimates | TextAcceptance | TextOutlook] = [self._text, self._outlook]
         learnt += [each.model.acceptance for each in self._goodput.values()]
@@ -233,10 +238,12 @@ class AutoGamma:
 
     @staticmethod
     def _plain_rounds(decision: _Decision | None, plan: RoundPlan, result: RoundResult) -> float | None:
-        """Return the time of a round that only decoded, in plain rounds of the same rows."""
-        if decision is None or len(plan.work) != decision.batch.count:
+        """Return the time of a round in plain rounds of the same rows; None if it did more than draft and decode. Of a
+        stall, a part counts."""
+        if decision is None or len(plan.work) != decision.batch.count or any(work.catch_up for work in plan.work):
             return None
-        return (result.draft_seconds + result.verify_seconds) / decision.plain_s
+        seconds = min(result.draft_seconds + result.verify_seconds, _STALL * decision.chosen.seconds)
+        return seconds / decision.plain_s
 
     def _observe_time(
         self, decision: _Decision, plan: RoundPlan, result: RoundResult, tokens: int, caught_up: int

@@ -37,7 +37,7 @@ class CatchUp:
     def worthwhile(self, rows: Sequence[Request], limits: npt.NDArray[np.int64], saved: float) -> npt.NDArray[np.int64]:
         """Return the limits on drafts: `limits`, or 0 for rows on which catching up costs more than it saves.
 
-        saved: seconds that drafts save per token that a row yields; not positive: drafts do not pay.
+        saved: seconds that drafts save per token, as these count (Options.worth); not positive: drafts do not pay.
         """
         found = limits.copy()
         for i, request in enumerate(rows):

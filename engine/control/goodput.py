@@ -95,6 +95,7 @@ class Option:
 
     @property
     def rate(self) -> float:
+        """Return the worth per second."""
         return self.worth / self.seconds
 
 
@@ -194,7 +195,7 @@ class Goodput:
         even_tokens, even_worth = (count + each.sum(0).cumsum() for each in (accepted, valued))
         even_seconds = seconds(allowed.sum(0).cumsum(), max_gammas)
         even_rates = even_worth / even_seconds
-        # A row's next draft must yield more tokens than its time would yield elsewhere.
+        # A row's next draft must be worth more than its time would be elsewhere.
         rises = np.diff(verify[: longest + 1]).clip(min=0)  # measured passes may be faster with more drafts
         min_worth = even_rates * (rises / count + further_row_s)
         pays = ((valued >= min_worth[:, None, None]) & allowed & (steps <= max_gammas[:, None, None])).cumprod(

@@ -1,6 +1,6 @@
 """Choice of each row's source of drafts: its text, a model, or its text and then a model.
 
-With lambda tokens per second, a draft must yield more than its time would yield elsewhere. Let v be the time that one
+At a worth of lambda per second, a draft must yield more than its time would yield elsewhere. Let v be the time that one
 more draft adds to the verify pass and f what one more row adds to a draft step. A row takes the most valuable of
 
     text            sum over s <= p of b_s                                     - lambda v p
@@ -54,6 +54,7 @@ class TextChoice:
 
     @property
     def rates(self) -> Floats:
+        """Return the worth per second: [max_gammas]."""
         return self.worth / self.seconds
 
 
@@ -117,7 +118,7 @@ class TextChooser:
         verify: Sequence[float],
         step_s: tuple[float, float],
     ) -> TextChoice:
-        """Choose where a second is worth `rates` tokens. slope: [options, steps], seconds of one more draft. survival,
+        """Choose where a second is worth `rates`. slope: [options, steps], seconds of one more draft. survival,
         after: [rows, steps], probability that drafts from the text, and a model's alone, are accepted up to a step.
         valued: the latter times what the draft is worth. most: [options, rows], drafts of a model alone. limits:
         [rows], drafts of a row that a model takes part in."""

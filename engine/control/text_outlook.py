@@ -1,14 +1,14 @@
-"""What a model's drafts are worth where text may be found soon.
+"""Worth of a model's drafts where text may be copied soon.
 
 A round that takes what has the most tokens per second of its own would draft new text far, and with it the beginning of
 what could be copied at a fraction of the time. So a token that a model drafts counts for what it would cost otherwise.
-It counts fully while nothing is found in the text, and where a copy has begun by then, only for the share of that cost
-which a copied token has:
+It counts fully while nothing is copied from the text, and where a copy has begun by then, only for the share of that
+cost which a copied token has:
 
     worth of draft s = share + (1 - share) * kept^s
 
-kept is the probability that nothing is found after a token either, share the speed of rounds that do not copy by that
-of those which do. Throughput is highest in the long run where every round has the most worth per second.
+kept is the probability that no copy begins after a token either, share the speed of rounds that do not copy by that of
+those which do. Throughput is higher in the long run where every round has the most worth per second.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _REQUEST_MEMORY, _MEMORY = 60.0, 300.0
 _SPEED_KEPT = 0.95
 """Share of the record of speeds that is left after a round."""
 _START_ROUNDS = 1.0
-"""Weight of the prior of both speeds, that of plain decoding, in rounds of one row."""
+"""Weight of the prior of both speeds, that of plain decoding, in plain rounds of one row."""
 
 
 class Advance(NamedTuple):
@@ -46,12 +46,12 @@ class Advance(NamedTuple):
 class _Speed:
     """Worth of rows' tokens, and the time of their rounds in plain rounds."""
 
-    worth: float = _START_ROUNDS
-    rounds: float = _START_ROUNDS
+    worth: float = 0.0
+    rounds: float = 0.0
 
     @property
     def value(self) -> float:
-        return self.worth / self.rounds
+        return (self.worth + _START_ROUNDS) / (self.rounds + _START_ROUNDS)
 
     def add(self, worth: float, rounds: float) -> None:
         self.worth += worth
@@ -64,11 +64,12 @@ class _Speed:
 
 @dataclass(slots=True)
 class _Row:
+    """Row of a request. copied, tokens: of its last round, see Advance. waits: tokens after which no copy began, as
+    accepted ones, and those after which one did."""
+
     copied: bool
     tokens: int
-    """Of its last round."""
     waits: AcceptanceRecord = field(default_factory=AcceptanceRecord)
-    """Tokens after which nothing was found, as accepted ones; and those after which something was."""
 
 
 class TextOutlook:
@@ -100,7 +101,7 @@ class TextOutlook:
             if row is None:
                 row = self._rows[request] = _Row(copied, tokens)
             elif not row.copied:
-                # Where it was found among several tokens is unknown: halfway, on average.
+                # After which of several tokens it could have begun is unknown: halfway, on average.
                 waited = (row.tokens - 1) // 2 if copied else row.tokens
                 row.waits.add(waited, int(copied), _REQUEST_MEMORY)
                 self._all.add(waited, int(copied), _MEMORY)
@@ -129,5 +130,5 @@ class TextOutlook:
     def retain(self, requests: Iterable[str], beyond: int) -> None:
         """See AcceptanceEstimates.retain."""
         if len(self._rows) > beyond:
-            kept = set(requests)
-            self._rows = {key: row for key, row in self._rows.items() if key in kept}
+            those = set(requests)
+            self._rows = {key: row for key, row in self._rows.items() if key in those}

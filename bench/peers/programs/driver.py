@@ -168,7 +168,7 @@ class Driver:
         return {"first_token_s": first_s, "decode_s": perf_counter() - began - first_s, "tokens": tokens}
 
     def _step(self, tokens: list[list[int]]) -> bool:
-        """Return whether a row got tokens."""
+        """Run one step. Returns whether a row got tokens."""
         yielded = self._peer.step()
         for row, new in yielded:
             tokens[row] += new

@@ -102,14 +102,14 @@ def test_copies_are_left_to_the_text(new: int, copied: int) -> None:
     assert with_controller(copier, auto, 400) >= 0.85 * best
 
 
-def test_text_that_ends_is_soon_forgotten() -> None:
-    """After a long copy, a model drafts new text as if there had been none."""
-    auto = controller()
-    with_controller(Copier(0, 100), auto, 100)
-    new = Copier(10**6, 1)
-    with_controller(new, auto, 40)
-    alone = Copier(10**6, 1)
-    assert with_controller(new, auto, 100) >= 0.97 * with_controller(alone, controller(), 140)
+def test_a_copy_that_ends_leaves_nothing_behind() -> None:
+    """After a long copy, in which there were explorations, a model drafts new text as if there had been none."""
+    auto, fresh = controller(), controller()
+    with_controller(Copier(0, 100), auto, 600)
+    assert auto._explorations > 10
+    after, alone = (with_controller(Copier(10**6, 1), each, 20) for each in (auto, fresh))
+    assert after >= 0.85 * alone
+    assert auto._outlook.share < 0.3
 
 
 def test_worth() -> None:
@@ -145,3 +145,28 @@ def test_rows_that_are_gone() -> None:
     assert len(outlook._rows) == 20
     outlook.retain(["3"], beyond=10)
     assert list(outlook._rows) == ["3"]
+
+
+def test_speeds_of_what_does_not_happen() -> None:
+    """A record that fades for ever leaves the prior."""
+    outlook = TextOutlook()
+    for _ in range(30):
+        outlook.update([Advance("a", True, 10)], 1.0)
+    assert outlook.share < 0.15
+    for _ in range(20_000):
+        outlook.update([Advance("a", False, 1)], 1.0)
+    assert outlook.share == 1.0
+
+
+def test_what_teaches_nothing() -> None:
+    """Rows that may not be drafted for do not wait for copies, and catching up is not their speed."""
+    auto = controller()
+    without = Request(AddRequest("a", [0] * CONTEXT, SamplingParams(max_tokens=10**6, max_draft_tokens=0)), (), 0)
+    behind = Request(AddRequest("b", [0] * CONTEXT, SamplingParams(max_tokens=10**6)), (), 1)
+    work = [RowWork(0, CONTEXT - 1, 1, 0, True), RowWork(1, CONTEXT - 1, 1, 0, True, catch_up=500)]
+    for _ in range(5):
+        auto.choose([without, behind])
+        result = RoundResult(0, [RowResult(0, 0, [1], None)] * 2, 3.0, 0.05)
+        auto.observe(RoundPlan(0, [], [], work), [without, behind], result)
+    assert list(auto._outlook._rows) == ["b"]
+    assert auto._outlook._others.value == 1.0
