@@ -32,8 +32,6 @@ _EXPLORE = 0.01
 """Share of time that may be lost to exploring options that are not predicted to be best."""
 _EXPLORE_EVERY = 16
 """Smallest number of rounds between two explorations, and between two comparisons of ways."""
-_STALL = 2.0
-"""Largest factor by which a round may be slower than predicted, where its speed is learnt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +205,7 @@ class AutoGamma:
             tokens += outcome.accepted + 1
             proposed, accepted = len(work.proposed), outcome.accepted
             if request.params.max_draft_tokens != 0:  # else it could not have copied
-                advances.append(Advance(request.id, proposed > 0, accepted + 1))
+                advances.append(Advance(request.id, min(proposed, accepted), accepted + 1))
             if proposal := proposals.get(request.id):
                 from_text.append(_judge(request.id, proposal, outcome.tokens))
             if work.model_drafts and accepted >= proposed:
@@ -219,7 +217,7 @@ class AutoGamma:
         self._text.update(from_text)
         if self.takes_text and (decision is None or decision.chosen is decision.best):
             # An exploration in the middle of a copy is no wait for one.
-            self._outlook.update(advances, self._plain_rounds(decision, plan, result))
+            self._outlook.update(advances)
         learnt: list[AcceptanceEstimates | TextAcceptance | TextOutlook] = [self._text, self._outlook]
         learnt += [each.model.acceptance for each in self._goodput.values()]
         for estimates in learnt:
@@ -235,15 +233,6 @@ class AutoGamma:
             # With prompts in the round the time of its drafts is unknown, so an exploration is charged as predicted.
             seconds = decision.chosen.seconds + self._catch_up.seconds(caught_up)
             self._charge(decision, decision.best.seconds, seconds, decision.chosen.tokens)
-
-    @staticmethod
-    def _plain_rounds(decision: _Decision | None, plan: RoundPlan, result: RoundResult) -> float | None:
-        """Return the time of a round in plain rounds of the same rows; None if it did more than draft and decode. Of a
-        stall, a part counts."""
-        if decision is None or len(plan.work) != decision.batch.count or any(work.catch_up for work in plan.work):
-            return None
-        seconds = min(result.draft_seconds + result.verify_seconds, _STALL * decision.chosen.seconds)
-        return seconds / decision.plain_s
 
     def _observe_time(
         self, decision: _Decision, plan: RoundPlan, result: RoundResult, tokens: int, caught_up: int

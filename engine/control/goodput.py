@@ -190,7 +190,7 @@ class Goodput:
         alphas, latest = self._alphas(batch, budget, worse)
         allowed = steps <= batch.limits[:, None]
         accepted = alphas[:, None] ** steps * allowed  # [rows, steps]: draft s is accepted with probability alpha^s
-        of_drafts = self._worth(batch)
+        of_drafts = self._worth(batch, verify)
         valued = accepted * of_drafts[:, :longest]
         even_tokens, even_worth = (count + each.sum(0).cumsum() for each in (accepted, valued))
         even_seconds = seconds(allowed.sum(0).cumsum(), max_gammas)
@@ -240,11 +240,12 @@ class Goodput:
             options.latest,
         )
 
-    def _worth(self, batch: Batch) -> Floats:
+    def _worth(self, batch: Batch, verify: Sequence[float]) -> Floats:
         """Return what a model's drafts are worth, if they are accepted: [rows, steps]."""
         if self._outlook is None:
             return np.ones((batch.count, len(self._steps)))
-        return self._outlook.worth([row.id for row in batch.rows], self._steps)
+        share = max(0.0, verify[-1] / verify[0] - 1) / self._gamma_max
+        return self._outlook.worth([row.id for row in batch.rows], self._steps, min(1.0, share))
 
     def _alphas(self, batch: Batch, budget: int, worse: bool) -> tuple[Floats, Flags | None]:
         """Estimate the acceptance of a model's drafts, [rows], with what each row reads, and whether that is the latest

@@ -109,64 +109,50 @@ def test_a_copy_that_ends_leaves_nothing_behind() -> None:
     assert auto._explorations > 10
     after, alone = (with_controller(Copier(10**6, 1), each, 20) for each in (auto, fresh))
     assert after >= 0.85 * alone
-    assert auto._outlook.share < 0.3
 
 
 def test_worth() -> None:
     outlook, steps = TextOutlook(), np.arange(1, 5)
-    assert outlook.worth(["a"], steps).tolist() == [[1.0] * 4]  # copies are not known to be faster
+    start = outlook.worth(["a"], steps, 0.1)[0]
+    assert (np.diff(start) < 0).all()
+    assert outlook.worth(["a"], steps, 1.0).tolist() == [[1.0] * 4]  # a copy is no faster
     for _ in range(60):
-        outlook.update([Advance("a", True, 10), Advance("b", False, 1)], 1.0)
-        outlook.update([Advance("a", False, 1), Advance("b", False, 1)], 1.0)
-    assert outlook.share == pytest.approx(0.1, abs=0.05)
-    soon, never, unknown = outlook.worth(["a", "b", "c"], steps)
-    assert (np.diff(soon) < 0).all()
-    assert soon[0] < 0.4
-    assert never[-1] > 0.8
+        outlook.update([Advance("a", 9, 10), Advance("b", 0, 1), Advance("c", 1, 2)])
+        outlook.update([Advance("a", 0, 1), Advance("b", 0, 3), Advance("c", 0, 1)])
+    soon, never, single, unknown = outlook.worth(["a", "b", "c", "d"], steps, 0.1)
+    assert 0.1 < soon[0] < 0.2
+    assert never[-1] > 0.9
+    assert single[-1] > 0.9
     assert soon[0] < unknown[0] < never[0]
     outlook.forget("a")
-    assert outlook.worth(["a"], steps).tolist() == [unknown.tolist()]
+    assert outlook.worth(["a"], steps, 0.1).tolist() == [unknown.tolist()]
 
 
-def test_times_that_are_unknown_teach_waits_alone() -> None:
+def test_copies_that_begin_among_several_tokens() -> None:
+    """On average, they begin halfway."""
     outlook = TextOutlook()
-    for _ in range(20):
-        outlook.update([Advance("a", True, 10)], None)
-        outlook.update([Advance("a", False, 1)], None)
-    assert outlook.share == 1
-    outlook.update([Advance("a", True, 100)], 1.0)
-    assert outlook.worth(["a"], np.arange(1, 2))[0, 0] < 0.6
+    for _ in range(200):
+        outlook.update([Advance("a", 0, 7)])
+        outlook.update([Advance("a", 5, 6)])
+    assert outlook.worth(["a"], np.arange(1, 2), 0.0)[0, 0] == pytest.approx(3 / 4, abs=0.02)
 
 
 def test_rows_that_are_gone() -> None:
     outlook = TextOutlook()
-    outlook.update([Advance(str(i), False, 1) for i in range(20)], 1.0)
+    outlook.update([Advance(str(i), 0, 1) for i in range(20)])
     outlook.retain(["3"], beyond=30)
     assert len(outlook._rows) == 20
     outlook.retain(["3"], beyond=10)
     assert list(outlook._rows) == ["3"]
 
 
-def test_speeds_of_what_does_not_happen() -> None:
-    """A record that fades for ever leaves the prior."""
-    outlook = TextOutlook()
-    for _ in range(30):
-        outlook.update([Advance("a", True, 10)], 1.0)
-    assert outlook.share < 0.15
-    for _ in range(20_000):
-        outlook.update([Advance("a", False, 1)], 1.0)
-    assert outlook.share == 1.0
-
-
-def test_what_teaches_nothing() -> None:
-    """Rows that may not be drafted for do not wait for copies, and catching up is not their speed."""
+def test_rows_that_may_not_be_drafted_for_do_not_wait_for_copies() -> None:
     auto = controller()
-    without = Request(AddRequest("a", [0] * CONTEXT, SamplingParams(max_tokens=10**6, max_draft_tokens=0)), (), 0)
-    behind = Request(AddRequest("b", [0] * CONTEXT, SamplingParams(max_tokens=10**6)), (), 1)
-    work = [RowWork(0, CONTEXT - 1, 1, 0, True), RowWork(1, CONTEXT - 1, 1, 0, True, catch_up=500)]
-    for _ in range(5):
-        auto.choose([without, behind])
-        result = RoundResult(0, [RowResult(0, 0, [1], None)] * 2, 3.0, 0.05)
-        auto.observe(RoundPlan(0, [], [], work), [without, behind], result)
+    rows = [
+        Request(AddRequest(name, [0] * CONTEXT, SamplingParams(max_tokens=10**6, max_draft_tokens=most)), (), row)
+        for row, (name, most) in enumerate([("a", 0), ("b", None)])
+    ]
+    auto.choose(rows)
+    work = [RowWork(row, CONTEXT - 1, 1, 0, True) for row in range(2)]
+    auto.observe(RoundPlan(0, [], [], work), rows, RoundResult(0, [RowResult(0, 0, [1], None)] * 2, 0.0, 0.05))
     assert list(auto._outlook._rows) == ["b"]
-    assert auto._outlook._others.value == 1.0
