@@ -2,9 +2,8 @@
 
 Each round runs the option with the highest predicted tokens per second, as they count (engine.control.goodput): gamma
 per row, what its drafts read where a row may choose, and the way to draft, which is a model and a budget, where there
-are several.
-Plain decoding, gamma = 0, is always an option. Predictions start from the profile and are corrected by the times and
-the acceptance of real rounds.
+are several. Plain decoding, gamma = 0, is always an option. Predictions start from the profile and are corrected by the
+times and the acceptance of real rounds.
 """
 
 from __future__ import annotations

@@ -130,9 +130,9 @@ class TextChooser:
         p[:, proposes] = _leading((survival > 0)[proposes] & (survival[proposes] >= text_price[:, None]))
         reached = np.concatenate([np.ones((count, 1)), survival], 1)[rows, p]
         alone = np.minimum(_worthwhile(valued, model_price[:, None]), most)
-        with np.errstate(divide="ignore"):
-            least = model_price[:, None] / reached
-        behind = np.minimum(_worthwhile(valued, least), np.minimum(most, limits - p).clip(min=0))
+        behind = np.minimum(
+            _worthwhile(valued, model_price[:, None] / reached), np.minimum(most, limits - p).clip(min=0)
+        )
         text_tokens, model_tokens, model_worth = _sums(survival), _sums(after), _sums(valued)
         from_text, text_cost = text_tokens[rows, p], np.take_along_axis(_sums(text_price), p, 1)
         price = model_price[:, None]
