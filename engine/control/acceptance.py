@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 _START_ALPHA, _START_TRIALS = 0.9, 10.0
 """Prior before anything was drafted, and its weight in judged tokens. Optimistic: over-drafting corrects itself,
@@ -38,6 +38,25 @@ class AcceptanceRecord:
     def alpha(self, prior: float, trials: float) -> float:
         """Compute the share of accepted drafts, after `trials` further ones as the prior predicts."""
         return (self.accepted + prior * trials) / (self.judged + trials)
+
+
+_T = TypeVar("_T")
+
+
+class RequestRecords(Generic[_T]):
+    """Base of estimates that keep one record of each request, by its id."""
+
+    def __init__(self) -> None:
+        self._requests: dict[str, _T] = {}
+
+    def forget(self, request: str) -> None:
+        self._requests.pop(request, None)
+
+    def retain(self, requests: Iterable[str], beyond: int) -> None:
+        """See AcceptanceEstimates.retain."""
+        if len(self._requests) > beyond:
+            kept = set(requests)
+            self._requests = {key: record for key, record in self._requests.items() if key in kept}
 
 
 class Reading(NamedTuple):

@@ -197,13 +197,15 @@ class AutoGamma:
         tokens = 0
         judged, from_text, advances, ended = [], [], [], []
         proposals = decision.proposals if decision is not None else {}
+        # An exploration in the middle of a copy is no wait for one.
+        waits = self.takes_text and (decision is None or decision.chosen is decision.best)
         for request, work in zip(requests, plan.work, strict=True):
             if not work.samples:
                 continue
             outcome = next(outcomes)
             tokens += outcome.accepted + 1
             proposed, accepted = len(work.proposed), outcome.accepted
-            if request.params.max_draft_tokens != 0:  # else it could not have copied
+            if waits and request.params.max_draft_tokens != 0:  # else it could not have copied
                 advances.append(Advance(request.id, min(proposed, accepted), accepted + 1))
             if proposal := proposals.get(request.id):
                 from_text.append(_judge(request.id, proposal, outcome.tokens))
@@ -214,9 +216,7 @@ class AutoGamma:
                 ended.append(request.id)
         self._goodput[plan.drafter].model.acceptance.update(plan.budget, judged)
         self._text.update(from_text)
-        if self.takes_text and (decision is None or decision.chosen is decision.best):
-            # An exploration in the middle of a copy is no wait for one.
-            self._outlook.update(advances)
+        self._outlook.update(advances)
         learnt: list[AcceptanceEstimates | TextAcceptance | TextOutlook] = [self._text, self._outlook]
         learnt += [each.model.acceptance for each in self._goodput.values()]
         for estimates in learnt:

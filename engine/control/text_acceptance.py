@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from engine.control.acceptance import AcceptanceRecord
+from engine.control.acceptance import AcceptanceRecord, RequestRecords
 
 CLASS_STARTS = (3, 5, 9, 16)
 """Matches from which the next class begins."""
@@ -70,13 +70,13 @@ class _Record:
         return TextAlpha(self.first.alpha(prior.first, trials), self.later.alpha(prior.later, trials))
 
 
-class TextAcceptance:
+class TextAcceptance(RequestRecords[list[_Record | None]]):
     """Acceptance at two levels, the first being the prior of the second: matches of about the same length; those of one
     request."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._classes = [_Record() for _ in _START_ALPHAS]
-        self._requests: dict[str, list[_Record | None]] = {}
 
     def fade(self, requests: Iterable[str]) -> None:
         """Let one round pass. requests: those that take part in it."""
@@ -112,12 +112,3 @@ class TextAcceptance:
                 record = own[length] = _Record()
             record.add(accepted, rejected, _REQUEST_MEMORY)
             self._classes[length].add(accepted, rejected, _CLASS_MEMORY)
-
-    def forget(self, request: str) -> None:
-        self._requests.pop(request, None)
-
-    def retain(self, requests: Iterable[str], beyond: int) -> None:
-        """See AcceptanceEstimates.retain."""
-        if len(self._requests) > beyond:
-            kept = set(requests)
-            self._requests = {key: records for key, records in self._requests.items() if key in kept}

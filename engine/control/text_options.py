@@ -124,18 +124,16 @@ class TextChooser:
         [rows], drafts of a row that a model takes part in."""
         first_row_s, further_row_s = step_s
         count, rows = len(survival), np.arange(len(survival))
-        text_price, model_price = rates[:, None] * slope, rates * (slope.mean(1) + further_row_s)  # in tokens
+        text_price = rates[:, None] * slope
+        price = (rates * (slope.mean(1) + further_row_s))[:, None]  # of a model's draft
         p = np.zeros((len(rates), count), dtype=np.int64)
         proposes = np.flatnonzero(survival[:, 0])
-        p[:, proposes] = _leading((survival > 0)[proposes] & (survival[proposes] >= text_price[:, None]))
+        p[:, proposes] = _worthwhile(survival[proposes], text_price[:, None])
         reached = np.concatenate([np.ones((count, 1)), survival], 1)[rows, p]
-        alone = np.minimum(_worthwhile(valued, model_price[:, None]), most)
-        behind = np.minimum(
-            _worthwhile(valued, model_price[:, None] / reached), np.minimum(most, limits - p).clip(min=0)
-        )
+        alone = np.minimum(_worthwhile(valued, price[..., None]), most)
+        behind = np.minimum(_worthwhile(valued, (price / reached)[..., None]), np.minimum(most, limits - p).clip(min=0))
         text_tokens, model_tokens, model_worth = _sums(survival), _sums(after), _sums(valued)
         from_text, text_cost = text_tokens[rows, p], np.take_along_axis(_sums(text_price), p, 1)
-        price = model_price[:, None]
         both = from_text + reached * model_worth[rows, behind] - text_cost - price * behind
         both -= (rates * further_row_s)[:, None] * p  # the model computes them
         gains = np.stack([from_text - text_cost, model_worth[rows, alone] - price * alone, both])
@@ -168,16 +166,10 @@ def _better(best: TextChoice | None, choice: TextChoice, count: int) -> TextChoi
     return TextChoice(*(pick(name) for name in TextChoice.__slots__))
 
 
-def _leading(holds: npt.NDArray[np.bool_]) -> Ints:
-    """Count the leading places, along the last axis, that hold."""
-    counts: Ints = np.where(holds.all(-1), holds.shape[-1], holds.argmin(-1))
-    return counts
-
-
-def _worthwhile(valued: Floats, least: Floats) -> Ints:
-    """Count the steps that are worth at least `least`. valued: [rows, steps], falling; 0 where there is none. least:
-    [options, rows], or of all rows."""
-    counts: Ints = ((valued >= least[..., None]) & (valued > 0)).sum(-1)
+def _worthwhile(values: Floats, least: Floats) -> Ints:
+    """Count the leading steps whose value is positive, and at least `least`. values: [rows, steps]. least: [options,
+    rows, steps], or a part of it."""
+    counts: Ints = ((values > 0) & (values >= least)).cumprod(-1).sum(-1)
     return counts
 
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from engine.control.acceptance import AcceptanceRecord
+from engine.control.acceptance import AcceptanceRecord, RequestRecords
 from kernels.ragged import Ints
 
 _COPY = 2
@@ -51,18 +51,18 @@ class _Row:
     waits: AcceptanceRecord = field(default_factory=AcceptanceRecord)
 
 
-class TextOutlook:
+class TextOutlook(RequestRecords[_Row]):
     """Estimates of all requests, and of each one."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._all = AcceptanceRecord()
-        self._rows: dict[str, _Row] = {}
 
     def worth(self, requests: Sequence[str], steps: Ints, share: float) -> npt.NDArray[np.float64]:
         """Return the worth of a model's drafts, if they are accepted: [requests, steps]. steps: their numbers, from 1.
         share: from 0 to 1, see the head of this module."""
         prior = self._all.alpha(_START_KEPT, _START_TOKENS)
-        rows = [self._rows.get(request) for request in requests]
+        rows = [self._requests.get(request) for request in requests]
         kept = [prior if row is None else row.waits.alpha(prior, _REQUEST_TOKENS) for row in rows]
         waiting: npt.NDArray[np.float64] = np.array(kept)[:, None] ** steps
         return share + (1 - share) * waiting
@@ -70,21 +70,12 @@ class TextOutlook:
     def update(self, advances: Iterable[Advance]) -> None:
         """Learn from a round."""
         for request, copied, tokens in advances:
-            row, copies = self._rows.get(request), copied >= _COPY
+            row, copies = self._requests.get(request), copied >= _COPY
             if row is None:
-                row = self._rows[request] = _Row(copies, tokens)
+                row = self._requests[request] = _Row(copies, tokens)
             elif not row.copies:
                 # After which of several tokens it could have begun is unknown: halfway, on average.
                 waited = (row.tokens - 1) // 2 if copies else row.tokens
                 row.waits.add(waited, int(copies), _REQUEST_MEMORY)
                 self._all.add(waited, int(copies), _MEMORY)
             row.copies, row.tokens = copies, tokens
-
-    def forget(self, request: str) -> None:
-        self._rows.pop(request, None)
-
-    def retain(self, requests: Iterable[str], beyond: int) -> None:
-        """See AcceptanceEstimates.retain."""
-        if len(self._rows) > beyond:
-            those = set(requests)
-            self._rows = {key: row for key, row in self._rows.items() if key in those}

@@ -79,7 +79,8 @@ def test_one_contender(start: Start) -> None:
     assert answer["tokens"] == [[0, 1], [1, 2]]
     answer = peer.ask("decode", new_tokens=3)
     assert answer["tokens"] == [[2, 3, 4, 5], [3, 4, 5, 6]]
-    assert (answer["decode_s"] > 0, answer["rounds"]) == (True, 2)
+    assert answer["decode_s"] > 0
+    assert answer["rounds"] == 2
     whole = peer.ask("complete", prompts=[[1]], new_tokens=5, temperature=0)
     assert whole["tokens"] == [[0, 1, 2, 3, 4]]
     assert whole["total_s"] == whole["first_token_s"] + whole["decode_s"]

@@ -35,7 +35,6 @@ class Copier:
 
     def __init__(self, new: int, copied: int) -> None:
         self._new, self._period, self._position = new, new + copied, 0
-        self.tokens, self.seconds = 0, 0.0
 
     @property
     def proposal(self) -> Proposal:
@@ -58,14 +57,14 @@ class Copier:
         return tokens / seconds
 
 
-def controller(*, with_model: bool = True) -> AutoGamma:
+def controller() -> AutoGamma:
     samples = [
         StepSample(1, context, gamma, *times(gamma, gamma if gamma <= MODEL_MAX else 0), 0, gamma > MODEL_MAX)
         for context in (100, CONTEXT)
         for gamma in (0, 1, 4, MODEL_MAX, TEXT_MAX)
     ]
     model = DraftingModel(StepTimes(samples, lambda context, budget: min(context, 512)), [0], 512)
-    return AutoGamma([model], MODEL_MAX if with_model else 0, TEXT_MAX)
+    return AutoGamma([model], MODEL_MAX, TEXT_MAX)
 
 
 def with_controller(copier: Copier, auto: AutoGamma, rounds: int) -> float:
@@ -141,9 +140,9 @@ def test_rows_that_are_gone() -> None:
     outlook = TextOutlook()
     outlook.update([Advance(str(i), 0, 1) for i in range(20)])
     outlook.retain(["3"], beyond=30)
-    assert len(outlook._rows) == 20
+    assert len(outlook._requests) == 20
     outlook.retain(["3"], beyond=10)
-    assert list(outlook._rows) == ["3"]
+    assert list(outlook._requests) == ["3"]
 
 
 def test_rows_that_may_not_be_drafted_for_do_not_wait_for_copies() -> None:
@@ -155,4 +154,4 @@ def test_rows_that_may_not_be_drafted_for_do_not_wait_for_copies() -> None:
     auto.choose(rows)
     work = [RowWork(row, CONTEXT - 1, 1, 0, True) for row in range(2)]
     auto.observe(RoundPlan(0, [], [], work), rows, RoundResult(0, [RowResult(0, 0, [1], None)] * 2, 0.0, 0.05))
-    assert list(auto._outlook._rows) == ["b"]
+    assert list(auto._outlook._requests) == ["b"]
