@@ -98,6 +98,11 @@ def draining() -> ApiError:
     return unavailable("the server is shutting down", "draining")
 
 
+def aborted() -> ApiError:
+    """Create the error of a request that the server ends, on routes that have no other word for it."""
+    return unavailable("the server ended the request: it is shutting down, or all requests were aborted", "aborted")
+
+
 def engine_dead(reason: str) -> ApiError:
     return ApiError(f"the engine is gone: {reason}", status=503, code="engine_dead")
 

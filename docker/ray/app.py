@@ -64,7 +64,7 @@ class Replica:
             if answer.status != 200:
                 raise RuntimeError(await answer.text())
 
-    @front.api_route("/{path:path}", methods=["GET", "HEAD", "POST", "OPTIONS"])
+    @front.api_route("/{path:path}", methods=["GET", "HEAD", "POST", "DELETE", "OPTIONS"])
     async def forward(self, path: str, request: Request) -> Response:
         """The server's own answer, as it streams; a client that goes away aborts it."""
         headers = {name: value for name, value in request.headers.items() if name not in _HOP_BY_HOP}

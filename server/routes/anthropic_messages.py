@@ -16,7 +16,7 @@ from server.bodies.fields import read
 from server.bodies.messages_body import NAMES, CountTokensRequest, MessagesRequest
 from server.chat.answer_parser import AnswerDelta
 from server.chat.chat_run import FINISH_CALLS, ChatPiece, ChatRun, render
-from server.errors import ApiError, as_api_error, draining
+from server.errors import ApiError, aborted, as_api_error
 from server.request_ids import given_request_id
 from server.routes.stream import respond, typed_event
 from server.service import Service
@@ -113,7 +113,7 @@ class _Answer:
                     yield {"type": "ping"}
                 last = piece
                 if piece.finish_reason == FINISH_ABORT:
-                    raise draining()
+                    raise aborted()
                 for event in blocks.add(piece.delta):
                     yield event
         for event in blocks.end():

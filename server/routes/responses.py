@@ -20,7 +20,7 @@ from server.bodies.strict import Body
 from server.chat.chat_run import ChatPiece, ChatRun
 from server.chat.response_output import ContentTokens, Event, ResponseOutput, new_item_id
 from server.chat.response_store import StoredResponse
-from server.errors import ApiError, as_api_error, draining, from_validation, printable
+from server.errors import ApiError, aborted, as_api_error, from_validation, printable
 from server.keys import owner_of
 from server.observe.speculation_report import SpeculationReports
 from server.routes.chat import token_logprobs
@@ -165,7 +165,7 @@ class _Answer:
                 self._reports.add(piece.index, piece.raw.report)
                 reason = piece.finish_reason
         if reason == FINISH_ABORT:
-            raise draining()
+            raise aborted()
         status: Literal["completed", "incomplete"] = "incomplete" if reason == FINISH_LENGTH else "completed"
         for event in self._output.finish(status):
             yield event

@@ -366,7 +366,9 @@ def test_an_answer_that_the_server_breaks_off_is_an_error(directory: Path) -> No
         async with scripted(directory, "x") as (http, client, _):
             client.generate = broken_off  # type: ignore[method-assign]
             answer = await http.post(MESSAGES, json=BODY)
-            assert (answer.status_code, answer.json()["error"]["type"]) == (503, "overloaded_error")
+            error = answer.json()["error"]
+            assert (answer.status_code, error["type"]) == (503, "overloaded_error")
+            assert error["details"] == {"error_code": "aborted"}
             found = events((await http.post(MESSAGES, json=BODY | {"stream": True})).text)
             assert [event["type"] for event in found] == ["message_start", "ping", "error"]
 
