@@ -310,7 +310,7 @@ class Engine:
     def _while_busy(self, requests: list[Request], meanwhile: Callable[[], None]) -> None:
         """Do the host's work beside a round of these requests."""
         meanwhile()
-        if self._ngrams is not None:
+        if self.overlaps and self._ngrams is not None and self._scheduler.controller.takes_text:
             self._ngrams.prepare(requests)
 
     def reset(self) -> None:

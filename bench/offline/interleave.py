@@ -58,14 +58,18 @@ class InterleavedController:
         self.auto.begin_round()
 
     def choose(
-        self, rows: Sequence[Request], shared_tokens: int = 0, proposals: Sequence[Proposal] = ()
+        self,
+        rows: Sequence[Request],
+        shared_tokens: int = 0,
+        proposals: Sequence[Proposal] = (),
+        share: int | None = None,
     ) -> list[RowDrafts]:
         if self.gamma == "auto":
-            drafts = self.auto.choose(rows, shared_tokens, proposals)
+            drafts = self.auto.choose(rows, shared_tokens, proposals, share)
             self.way = self.auto.way
             return drafts
         self.way = Way()
-        return FixedGamma(self.gamma, model=self._model).choose(rows, shared_tokens, proposals)
+        return FixedGamma(self.gamma, model=self._model).choose(rows, shared_tokens, proposals, share)
 
     def observe(self, plan: RoundPlan, requests: Sequence[Request], result: RoundResult) -> None:
         """Pass rounds with "auto" to its controller. Measured times come from the engine's statistics instead."""

@@ -8,7 +8,7 @@ times and the acceptance of real rounds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -19,7 +19,7 @@ from engine.control.drafting_model import DraftingModel
 from engine.control.goodput import Batch, Goodput, Option, Options, draft_bucket, draft_kind, verify_bucket
 from engine.control.text_acceptance import JudgedProposal, TextAcceptance
 from engine.control.text_options import TextChooser
-from engine.control.text_outlook import Advance, TextOutlook
+from engine.control.text_outlook import COPY, Advance, TextOutlook
 from engine.ngram.ngram_drafts import Proposal
 from engine.plan import RoundPlan, RoundResult
 from engine.scheduler.controller import ControllerReport, RowDrafts, Way
@@ -36,12 +36,13 @@ _EXPLORE_EVERY = 16
 @dataclass(frozen=True, slots=True)
 class _Decision:
     """Decision for one round. best: the option predicted to be best. chosen: that one, or an exploration. plain_s:
-    predicted seconds of a plain round."""
+    predicted seconds of a plain round. cannot_copy: requests that may not have as many drafts as a copy has."""
 
     batch: Batch
     best: Option
     chosen: Option
     plain_s: float
+    cannot_copy: frozenset[str]
 
     @property
     def proposals(self) -> dict[str, Proposal]:
@@ -65,6 +66,8 @@ class AutoGamma:
         self._outlook = TextOutlook()
         text = (TextChooser(self._text, self._gamma_max, gamma_max), self._outlook) if text_gamma_max else ()
         self._goodput = {model.name: Goodput(model, self._calibration, self._gamma_max, *text) for model in models}
+        self._by_request: list[AcceptanceEstimates | TextAcceptance | TextOutlook] = [self._text, self._outlook]
+        self._by_request += [model.acceptance for model in models]
         self._ways = [Way(budget, model.name) for model in models for budget in model.budgets]
         self._catch_up = CatchUp()
         self._rounds = 0
@@ -88,11 +91,15 @@ class AutoGamma:
         self._pending = None
 
     def choose(
-        self, rows: Sequence[Request], shared_tokens: int = 0, proposals: Sequence[Proposal] = ()
+        self,
+        rows: Sequence[Request],
+        shared_tokens: int = 0,
+        proposals: Sequence[Proposal] = (),
+        share: int | None = None,
     ) -> list[RowDrafts]:
         """See Controller.choose."""
         self._rounds += 1
-        batch = Batch.from_requests(rows, self._model_gamma_max, shared_tokens, proposals)
+        batch = Batch.from_requests(rows, self._model_gamma_max, shared_tokens, proposals, share)
         if self.takes_text:
             self._text.fade(row.id for row in rows)
         drafting, options = self._options(batch, self._current)
@@ -102,7 +109,9 @@ class AutoGamma:
         self._max_gamma = self._stay(options)
         best = options[self._max_gamma]
         chosen = self._explore(drafting, batch, options, best) or best
-        self._pending = _Decision(batch, best, chosen, options.plain_s)
+        held = rows if share is not None and share < COPY else [row for row in rows if row.max_draft_tokens < COPY]
+        cannot_copy = frozenset(row.id for row in held)
+        self._pending = _Decision(batch, best, chosen, options.plain_s, cannot_copy)
         self.way = chosen.way
         return chosen.drafts
 
@@ -195,8 +204,11 @@ class AutoGamma:
         decision, self._pending = self._pending, None
         outcomes = iter(result.rows)
         tokens = 0
-        judged, from_text, advances, ended = [], [], [], []
+        judged, from_text, advances = [], [], []
+        # Nobody reports a request that was aborted, and another may have its id.
+        self._forget(request.id for request in requests if request.num_output == 1)
         proposals = decision.proposals if decision is not None else {}
+        cannot_copy = decision.cannot_copy if decision is not None else frozenset()
         # An exploration in the middle of a copy is no wait for one.
         waits = self.takes_text and (decision is None or decision.chosen is decision.best)
         for request, work in zip(requests, plan.work, strict=True):
@@ -205,23 +217,18 @@ class AutoGamma:
             outcome = next(outcomes)
             tokens += outcome.accepted + 1
             proposed, accepted = len(work.proposed), outcome.accepted
-            if waits and request.params.max_draft_tokens != 0:  # else it could not have copied
+            if waits and request.id not in cannot_copy:
                 advances.append(Advance(request.id, min(proposed, accepted), accepted + 1))
             if proposal := proposals.get(request.id):
                 from_text.append(_judge(request.id, proposal, outcome.tokens))
             if work.model_drafts and accepted >= proposed:
                 rejected = accepted < outcome.drafted
                 judged.append(Judged(request.id, work.computed + 1, accepted - proposed, rejected, work.latest))
-            if request.finish_reason is not None:
-                ended.append(request.id)
         self._goodput[plan.drafter].model.acceptance.update(plan.budget, judged)
         self._text.update(from_text)
         self._outlook.update(advances)
-        learnt: list[AcceptanceEstimates | TextAcceptance | TextOutlook] = [self._text, self._outlook]
-        learnt += [each.model.acceptance for each in self._goodput.values()]
-        for estimates in learnt:
-            for request_id in ended:
-                estimates.forget(request_id)
+        self._forget(request.id for request in requests if request.finish_reason is not None)
+        for estimates in self._by_request:
             estimates.retain((request.id for request in requests), beyond=6 * len(requests) + 1000)
         if decision is None:
             return
@@ -232,6 +239,12 @@ class AutoGamma:
             # With prompts in the round the time of its drafts is unknown, so an exploration is charged as predicted.
             seconds = decision.chosen.seconds + self._catch_up.seconds(caught_up)
             self._charge(decision, decision.best.seconds, seconds, decision.chosen.tokens)
+
+    def _forget(self, requests: Iterable[str]) -> None:
+        """Drop the records of these requests."""
+        for request in requests:
+            for estimates in self._by_request:
+                estimates.forget(request)
 
     def _observe_time(
         self, decision: _Decision, plan: RoundPlan, result: RoundResult, tokens: int, caught_up: int

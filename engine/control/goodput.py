@@ -60,11 +60,18 @@ class Batch:
 
     @classmethod
     def from_requests(
-        cls, rows: Sequence[Request], gamma_max: int, shared_tokens: int, proposals: Sequence[Proposal] = ()
+        cls,
+        rows: Sequence[Request],
+        gamma_max: int,
+        shared_tokens: int,
+        proposals: Sequence[Proposal] = (),
+        share: int | None = None,
     ) -> Batch:
-        """gamma_max: largest number of drafts that a model makes."""
+        """gamma_max: largest number of drafts of a row that a model makes. share: see Controller.choose."""
         limits = np.array([request.max_draft_tokens for request in rows], dtype=np.int64)
-        return cls(rows, limits.clip(0, gamma_max), shared_tokens, proposals)
+        return cls(
+            rows, limits.clip(0, gamma_max if share is None else min(gamma_max, share)), shared_tokens, proposals
+        )
 
     def limited(self, limits: Ints) -> Batch:
         """Return the same rows with other limits."""

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from engine.control.acceptance import AcceptanceRecord, RequestRecords
 from kernels.ragged import Ints
 
-_COPY = 2
+COPY = 2
 """Smallest number of accepted drafts from the text that are a copy."""
 _START_KEPT, _START_TOKENS = 0.9, 10.0
 """Prior of `kept` before anything was seen, and its weight in tokens."""
@@ -70,7 +70,7 @@ class TextOutlook(RequestRecords[_Row]):
     def update(self, advances: Iterable[Advance]) -> None:
         """Learn from a round."""
         for request, copied, tokens in advances:
-            row, copies = self._requests.get(request), copied >= _COPY
+            row, copies = self._requests.get(request), copied >= COPY
             if row is None:
                 row = self._requests[request] = _Row(copies, tokens)
             elif not row.copies:

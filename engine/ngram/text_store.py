@@ -64,6 +64,7 @@ def build_store(texts: Iterable[Sequence[int]], tokenizer: str, file: Path) -> i
             save_file(arrays, part, metadata={"kind": _KIND, "tokenizer": tokenizer})
         except SafetensorError as error:
             raise StoreError(f"{file} cannot be written: {error}") from None
+        part.chmod(0o644)  # safetensors creates it readable by its owner only
         os.replace(part, file)
     return len(order)
 
@@ -82,7 +83,7 @@ class TextStore:
             parts, kind, made_by = _read_header(self._memory)
         except OSError as error:
             raise StoreError(f"{file}: {error.strerror or error}") from error
-        except (ValueError, KeyError, TypeError, struct.error):
+        except (ValueError, KeyError, TypeError, RecursionError, struct.error):
             raise StoreError(f"{file}: it is not a text store; `magicdec store build` makes one") from None
         if kind != _KIND:
             raise StoreError(f"{file}: it is not a text store that this version reads; build it again")

@@ -77,13 +77,18 @@ class Controller(Protocol):
         ...
 
     def choose(
-        self, rows: Sequence[Request], shared_tokens: int = 0, proposals: Sequence[Proposal] = ()
+        self,
+        rows: Sequence[Request],
+        shared_tokens: int = 0,
+        proposals: Sequence[Proposal] = (),
+        share: int | None = None,
     ) -> list[RowDrafts]:
         """Choose the drafts of each decoding row; none is plain decoding.
 
         proposals: tokens found in the text of each row, none where nothing was; may be left out. shared_tokens: KV
         tokens of the rows' contexts that need no reading, because another row of the batch has the same pages and
-        attention reads them once for all (Ops.shared_stretch).
+        attention reads them once for all (Ops.shared_stretch). share: largest number of drafts of a row, where all rows
+        share what the round can compute; None: any.
         The scheduler may lower them, never raise them. It calls this once per round that has decoding rows.
         """
         ...
@@ -145,7 +150,11 @@ class FixedGamma:
         """Do nothing: no choice is kept."""
 
     def choose(
-        self, rows: Sequence[Request], shared_tokens: int = 0, proposals: Sequence[Proposal] = ()
+        self,
+        rows: Sequence[Request],
+        shared_tokens: int = 0,
+        proposals: Sequence[Proposal] = (),
+        share: int | None = None,
     ) -> list[RowDrafts]:
         counts = [min(len(proposal.tokens), self._gamma) for proposal in proposals] or [0] * len(rows)
         return [RowDrafts(count, self._gamma - count if self._model else 0) for count in counts]

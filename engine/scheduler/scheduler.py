@@ -178,7 +178,7 @@ class Scheduler:
         self.shared_tokens = self._kv.shared_tokens
         ngrams = self._ngrams if self.controller.takes_text else None
         proposals = [NO_PROPOSAL] * len(rows) if ngrams is None else ngrams.propose(rows, share)
-        choices = self.controller.choose(rows, self.shared_tokens, proposals)
+        choices = self.controller.choose(rows, self.shared_tokens, proposals, share)
         plan.budget, plan.drafter = self.controller.way
         by_model = self._by_model(plan)
         for request, proposal, choice in zip(rows, proposals, choices, strict=True):

@@ -47,7 +47,11 @@ class InTurns(FixedGamma):
         self._round = 0
 
     def choose(
-        self, rows: Sequence[Request], shared_tokens: int = 0, proposals: Sequence[Proposal] = ()
+        self,
+        rows: Sequence[Request],
+        shared_tokens: int = 0,
+        proposals: Sequence[Proposal] = (),
+        share: int | None = None,
     ) -> list[RowDrafts]:
         self._round += 1
         gammas = [3 if (self._round // 5 + i) % 3 else 0 for i in range(len(rows))]

@@ -85,7 +85,11 @@ class Scripted:
         pass
 
     def choose(
-        self, rows: Sequence[Request], shared_tokens: int = 0, proposals: Sequence[Proposal] = ()
+        self,
+        rows: Sequence[Request],
+        shared_tokens: int = 0,
+        proposals: Sequence[Proposal] = (),
+        share: int | None = None,
     ) -> list[RowDrafts]:
         gammas, turn, self.way = next(self._gammas), next(self._turns), next(self._ways)
         chosen = []

@@ -104,7 +104,11 @@ def test_auto_learns_of_shared_tokens() -> None:
         told = -1
 
         def choose(
-            self, rows: Sequence[Request], shared_tokens: int = 0, proposals: Sequence[Proposal] = ()
+            self,
+            rows: Sequence[Request],
+            shared_tokens: int = 0,
+            proposals: Sequence[Proposal] = (),
+            share: int | None = None,
         ) -> list[RowDrafts]:
             self.told = shared_tokens
             return []

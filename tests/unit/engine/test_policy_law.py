@@ -64,7 +64,11 @@ class Restless(FixedGamma):
         self._plain = 0
 
     def choose(
-        self, rows: Sequence[Request], shared_tokens: int = 0, proposals: Sequence[Proposal] = ()
+        self,
+        rows: Sequence[Request],
+        shared_tokens: int = 0,
+        proposals: Sequence[Proposal] = (),
+        share: int | None = None,
     ) -> list[RowDrafts]:
         """Choose at random, with plain phases that are longer than any policy's patience."""
         self.way = self._rng.choice(self._ways)

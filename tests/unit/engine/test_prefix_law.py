@@ -196,10 +196,14 @@ class SharedTokens(Scripted):
         self.seen: list[int] = []
 
     def choose(
-        self, rows: Sequence[Request], shared_tokens: int = 0, proposals: Sequence[Proposal] = ()
+        self,
+        rows: Sequence[Request],
+        shared_tokens: int = 0,
+        proposals: Sequence[Proposal] = (),
+        share: int | None = None,
     ) -> list[RowDrafts]:
         self.seen.append(shared_tokens)
-        return super().choose(rows, shared_tokens, proposals)
+        return super().choose(rows, shared_tokens, proposals, share)
 
 
 @pytest.mark.parametrize("policy", [only_in_all("window"), "all"])

@@ -145,13 +145,52 @@ def test_rows_that_are_gone() -> None:
     assert list(outlook._requests) == ["3"]
 
 
-def test_rows_that_may_not_be_drafted_for_do_not_wait_for_copies() -> None:
-    auto = controller()
+def decoding(**most: int | None) -> list[Request]:
+    """Make rows with these largest numbers of drafts."""
     rows = [
-        Request(AddRequest(name, [0] * CONTEXT, SamplingParams(max_tokens=10**6, max_draft_tokens=most)), (), row)
-        for row, (name, most) in enumerate([("a", 0), ("b", None)])
+        Request(AddRequest(name, [0] * CONTEXT, SamplingParams(max_tokens=10**6, max_draft_tokens=count)), (), row)
+        for row, (name, count) in enumerate(most.items())
     ]
-    auto.choose(rows)
-    work = [RowWork(row, CONTEXT - 1, 1, 0, True) for row in range(2)]
-    auto.observe(RoundPlan(0, [], [], work), rows, RoundResult(0, [RowResult(0, 0, [1], None)] * 2, 0.0, 0.05))
-    assert list(auto._outlook._requests) == ["b"]
+    for row in rows:
+        row.tokens += [1, 1]
+    return rows
+
+
+def plain_round(auto: AutoGamma, rows: Sequence[Request], share: int | None = None) -> None:
+    auto.choose(rows, share=share)
+    work = [RowWork(row, CONTEXT + 1, 1, 0, True) for row in range(len(rows))]
+    results = [RowResult(0, 0, [1], None)] * len(rows)
+    auto.observe(RoundPlan(0, [], [], work), rows, RoundResult(0, results, 0.0, 0.05))
+
+
+def test_rows_that_may_not_copy_do_not_wait_for_copies() -> None:
+    auto, rows = controller(), decoding(a=0, b=None, c=1, d=2)
+    plain_round(auto, rows, share=1)
+    assert not auto._outlook._requests
+    plain_round(auto, rows, share=2)
+    assert list(auto._outlook._requests) == ["b", "d"]
+
+
+def test_a_request_with_the_name_of_one_that_was_aborted() -> None:
+    auto, rows = controller(), decoding(a=None, b=None)
+    for _ in range(20):
+        plain_round(auto, rows)
+    waited, unknown = auto._outlook.worth(["a", "c"], np.arange(1, 5), 0.1).tolist()
+    assert waited != unknown
+    (request,) = decoding(a=None)
+    request.tokens.pop()
+    work = RowWork(0, CONTEXT - 1, 1, 0, True)
+    auto.begin_round()
+    auto.observe(RoundPlan(0, [], [], [work]), [request], RoundResult(0, [RowResult(0, 0, [1], None)], 0.0, 0.05))
+    assert auto._outlook.worth(["a"], np.arange(1, 5), 0.1).tolist() == [unknown]
+
+
+@pytest.mark.parametrize("share", [0, 1, 2])
+def test_no_more_drafts_than_the_round_has_room_for(share: int) -> None:
+    (row,) = decoding(a=None)
+    copies, drafts = ([Proposal([7] * share, 8)] if share else [NO_PROPOSAL]), []
+    for proposals in (copies, [NO_PROPOSAL]):
+        (chosen,) = controller().choose([row], 0, proposals, share)
+        drafts.append(chosen.proposed + chosen.model)
+    assert max(drafts) <= share
+    assert drafts[1] == share  # a model would draft more

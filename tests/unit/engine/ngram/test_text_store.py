@@ -49,6 +49,11 @@ def test_a_store_that_is_replaced_stays_readable(tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir()] == ["s"]
 
 
+def test_a_store_is_for_all_users(tmp_path: Path) -> None:
+    build_store([[1, 2, 3]], "t", tmp_path / "s")
+    assert (tmp_path / "s").stat().st_mode & 0o777 == 0o644
+
+
 def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     file = tmp_path / "s"
     build_store([[1, 2, 3, 4]], "t", file)
@@ -64,6 +69,7 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
         "text": b"once upon a time, there was a file",
         "cut": file.read_bytes()[:-3],
         "huge header": b"\xff" * 16,
+        "nested header": b"\x40\x0d\x03" + b"\0" * 5 + b"[" * 200_000,
     }.items():
         wrong = tmp_path / name
         wrong.write_bytes(content)

@@ -236,7 +236,11 @@ class RandomGamma(FixedGamma):
         self.preempted = False
 
     def choose(
-        self, rows: Sequence[Request], shared_tokens: int = 0, proposals: Sequence[Proposal] = ()
+        self,
+        rows: Sequence[Request],
+        shared_tokens: int = 0,
+        proposals: Sequence[Proposal] = (),
+        share: int | None = None,
     ) -> list[RowDrafts]:
         assert shared_tokens <= self.expected  # preemptions lower it
         return [RowDrafts(0, self._rng.randint(0, self.gamma_max)) for _ in rows]
