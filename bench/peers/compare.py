@@ -154,6 +154,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="let magicdec with different drafters, and without, take turns on the same rows, to save time and memory",
     )
     parser.add_argument(
+        "--anew",
+        action="store_true",
+        help="with --keep-prompts: begin the rows anew for each turn, so that all turns decode the same text",
+    )
+    parser.add_argument(
         "--threads", type=int, help="threads of each contender; default: all CPUs, or as the quota says"
     )
     parser.add_argument(
@@ -187,6 +192,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--task needs prompts that share nothing: leave out --shared and --chat")
     if given.one_prefill and given.chat:
         parser.error("--one-prefill and --chat exclude each other: a turn would find the other's prompt in its cache")
+    if given.anew and not given.keep_prompts:
+        parser.error("--anew needs --keep-prompts")
     chosen = next((name for name, asked in sets.items() if asked), "usual")
     first = given.first if given.first is not None else 0 if sharing else 4000
     if given.shared < 0:
@@ -225,6 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             given.task,
             given.keep_prompts,
             largest_share(contenders) if given.one_prefill else 1,
+            given.anew,
         )
         first_cores(plan.busy)
         if plan.quota is not None:

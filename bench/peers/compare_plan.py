@@ -106,13 +106,15 @@ class Plan:
     turns: int = 1
     """Largest number of contenders that take turns on the same rows, which are prefilled once (share_rows); 1: each has
     rows of its own."""
+    anew: bool = False
+    """Whether each turn begins the rows anew, after their prompts, so that all turns decode the same text."""
 
     def row_tokens(self, batch: int, context: int, longest: int) -> int:
         """Return the largest number of tokens of a row. longest: the model's maximum length. Raises BenchError if a row
         needs more than that."""
         # Prefilled rows decode while others are prefilled. With accepted drafts some rows get ahead of others.
         ahead = batch * context // (_PREFILL_CHUNK - batch) + 1
-        new = self.warm_up + self.rounds * self.new_tokens * self.turns
+        new = self.warm_up + self.new_tokens * (1 if self.anew else self.rounds * self.turns)
         wanted = context + ahead + new
         if wanted > longest:
             raise BenchError(f"{batch}x{context} takes {wanted} tokens per row, but the model has {longest}")

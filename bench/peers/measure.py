@@ -76,27 +76,35 @@ def measure_point(lineup: Contenders, prompts: Sequence[Sequence[int]], limit: i
         if max_batch is not None and batch > max_batch:
             for each in turns.values():
                 each.errors[name] = f"takes {max_batch} row{'s' * (max_batch > 1)} at most"
-    texts |= {(temperature, name): texts[temperature, lineup.rows_of(name)] for temperature, name in points}
+    if not plan.anew:  # else texts are the same, but each has its own
+        texts |= {(temperature, name): texts[temperature, lineup.rows_of(name)] for temperature, name in points}
+
+    def begin(name: str, temperature: float, *, again: bool) -> None:
+        """Begin the rows, and decode the first tokens, which are not timed."""
+        text, failures = texts[temperature, name], turns[temperature]
+        for row in text:
+            row.clear()
+        fields: dict[str, Any] = {"limit": limit, "temperature": temperature}
+        if not again:
+            fields["prompts"] = prompts
+        if answer := failures.ask(name, "again" if again else "start", **fields):
+            for one in names:
+                if not again and lineup.rows_of(one) == name:
+                    points[temperature, one].prefill_s = answer["first_token_s"]
+            _append(text, answer["tokens"])
+            if plan.warm_up and (answer := failures.ask(name, "decode", new_tokens=plan.warm_up)):
+                _append(text, answer["tokens"])
+
     groups = [[name for name in names if lineup.rows_of(name) == own] for own in names] if plan.separately else [names]
     for group, temperature in itertools.product(filter(None, groups), plan.temperatures):
-        again = plan.keep_prompts and temperature != plan.temperatures[0]
         for name in group:
-            if lineup.rows_of(name) != name:
-                continue
-            point, text = points[temperature, name], texts[temperature, name]
-            fields: dict[str, Any] = {"limit": limit, "temperature": temperature}
-            if not again:
-                fields["prompts"] = prompts
-            if answer := turns[temperature].ask(name, "again" if again else "start", **fields):
-                for one in group:
-                    if lineup.rows_of(one) == name:
-                        points[temperature, one].prefill_s = None if again else answer["first_token_s"]
-                _append(text, answer["tokens"])
-                if plan.warm_up and (answer := turns[temperature].ask(name, "decode", new_tokens=plan.warm_up)):
-                    _append(text, answer["tokens"])
+            if lineup.rows_of(name) == name:
+                begin(name, temperature, again=plan.keep_prompts and temperature != plan.temperatures[0])
         for i in range(plan.rounds):
             shift = i % len(group)  # so that none always follows the same one
             for name in (*group[shift:], *group[:shift]):
+                if plan.anew:
+                    begin(name, temperature, again=True)
                 if answer := turns[temperature].ask(name, "decode", new_tokens=plan.new_tokens):
                     count = sum(map(len, answer["tokens"]))
                     points[temperature, name].step_ms.append(1e3 * answer["decode_s"] * batch / count)

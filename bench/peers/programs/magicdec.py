@@ -99,7 +99,8 @@ class Peer:
     def again(self, limit: int, temperature: float) -> None:
         assert self._engine is not None
         self._engine.abort([str(row) for row in range(len(self._prompts))])
-        self._make_controllers()
+        if temperature != self._temperature:  # what drafts are worth depends on it
+            self._make_controllers()
         self._temperature = temperature
         self.start(self._prompts, limit, together=True)
 

@@ -116,6 +116,36 @@ def test_rows_are_prefilled_once_and_decoded_by_turns(start: Start, tmp_path: Pa
     assert "on the rows of magicdec auto, drafts: off" in table(report)
 
 
+def test_turns_that_begin_anew(start: Start, tmp_path: Path) -> None:
+    """Every turn decodes the same tokens, after those that are not timed."""
+    plan = Plan(
+        [(2, 20)],
+        first=0,
+        warm_up=1,
+        new_tokens=2,
+        rounds=2,
+        totals=0,
+        separately=True,
+        temperatures=(0.0, 1.0),
+        keep_prompts=True,
+        turns=2,
+        anew=True,
+    )
+    contenders = choose("magicdec off,magicdec auto,llama.cpp bf16", [])
+    settings = {"threads": 1, "row_tokens": 4000}
+    report = run(contenders, start, plan, lambda n, m, s: [[1] * m] * n, settings, lambda line: None)
+    lines = (tmp_path / "magicdec auto.log").read_text().splitlines()
+    lines = lines[lines.index("start self", lines.index("start self") + 1) + 3 :]
+    turns = [[f"again {mode}", *[f"step {mode}"] * (1 + 1 + 2)] for mode in ("off", "self", "self", "off")]
+    expected = [line for turn in turns for line in turn]
+    assert lines == [*expected, "again self", "step self", "step self", *expected]
+    assert (tmp_path / "llama.cpp bf16.log").read_text().split().count("again") == 2 + 1 + 2
+    points = {(point.contender, point.temperature): point for point in report.points}
+    assert {len(point.step_ms) for point in points.values()} == {2}
+    assert {point.same for (_, temperature), point in points.items() if not temperature} == {1}
+    assert replace(plan, rounds=9).row_tokens(2, 20, 4000) == plan.row_tokens(2, 20, 4000)
+
+
 @pytest.mark.parametrize("fatal", ["off", "self"])
 @pytest.mark.parametrize("separately", [False, True])
 def test_a_process_that_ends_for_one_of_them(start: Start, separately: bool, fatal: str) -> None:
