@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.messages import FINISH_ABORT, FINISH_LENGTH, AddRequest, PromptLogprobs, RequestOutput
@@ -50,6 +49,10 @@ class ChoiceDelta:
     """See server.observe.speculation_report."""
     prompt: list[PromptLogprobs] | None = None
     """Log-probabilities of the prompt; in the first piece, if requested."""
+    cached_tokens: int = 0
+    """Newly known number of prompt tokens that the prefix cache held; of a prompt's first choice alone."""
+    rejected: int = 0
+    """Drafts of this round that were not accepted."""
 
 
 @dataclass(slots=True)
@@ -83,13 +86,13 @@ class Usage:
 class Generation:
     """All choices of one HTTP request; they differ in prompt and seed only.
 
-    usage: grows while `pieces` runs; complete when it ends.
+    usage: of what `pieces` has yielded; complete when it ends. arrival: time.monotonic() when the request was there.
     """
 
     service: Service
     choices: Sequence[Choice]
     usage: Usage
-    arrival: float = field(default_factory=time.monotonic)
+    arrival: float
     first: float | None = None
     """time.monotonic() of the first token of any choice."""
     parent: str | None = None
@@ -125,17 +128,23 @@ class Generation:
                     accepted.add(piece.index)
                     if len(accepted) == len(self.choices):  # no choice can be refused any more
                         for each in held:
+                            self._count(each)
                             yield each
                         held.clear()
+
+    def _count(self, piece: ChoiceDelta) -> None:
+        self.usage.cached_tokens += piece.cached_tokens
+        self.usage.completion_tokens += len(piece.delta.tokens)
+        self.usage.accepted += piece.delta.accepted
+        self.usage.rejected += piece.rejected
 
     async def _run(
         self, client: Supervisor, choice: Choice, stops: Sequence[StopString]
     ) -> AsyncGenerator[ChoiceDelta, None]:
         nothing = choice.params.max_tokens == 0
         empty = Delta("", [], [], None if choice.params.logprobs is None else [], 0, 0, None, None)
-        ended = replace(empty, finish_reason=FINISH_LENGTH)
         if nothing and choice.params.prompt_logprobs is None:
-            yield ChoiceDelta(choice.index, ended)
+            yield ChoiceDelta(choice.index, replace(empty, finish_reason=FINISH_LENGTH))
             return
         context = choice.prompt if choice.continues else ()
         scope = choice.new_scope() if choice.new_scope else None
@@ -157,19 +166,16 @@ class Generation:
                     if output.queued:
                         yield ChoiceDelta(choice.index, empty)
                         continue
-                    delta = ended if nothing else stream.take(output)
+                    delta = replace(empty, finish_reason=output.finish_reason) if nothing else stream.take(output)
                     known = stats.cached_tokens
                     seconds = stats.take(output, delta)
-                    if choice.first:
-                        self.usage.cached_tokens += stats.cached_tokens - known
                     if self.first is None and output.tokens:
                         self.first = stats.last
-                    self.usage.completion_tokens += len(delta.tokens)
-                    self.usage.accepted += delta.accepted
-                    self.usage.rejected += output.drafted - output.accepted
                     self.service.metrics.round(stats, len(delta.tokens), seconds)
                     report = round_report(stats, output, delta) if choice.report else None
-                    yield ChoiceDelta(choice.index, delta, report, output.prompt_logprobs)
+                    cached = stats.cached_tokens - known if choice.first else 0
+                    rejected = output.drafted - output.accepted
+                    yield ChoiceDelta(choice.index, delta, report, output.prompt_logprobs, cached, rejected)
                     if stats.reason is not None:
                         return
         finally:

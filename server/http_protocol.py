@@ -21,6 +21,10 @@ LINGER_BYTES = 256 * 2**20
 """Maximum number of bytes that are read and dropped after an answer to an unfinished request."""
 LINGER_S = 30.0
 """Maximum time for that."""
+WRITE_S = 60.0
+"""Maximum time in which a client reads nothing of what it is sent."""
+MAX_PIPELINED = 8
+"""Maximum number of requests that wait for the answer to an earlier one on their connection."""
 _REASONS = {400: "Bad Request", 408: "Request Timeout", 431: "Request Header Fields Too Large"}
 
 
@@ -42,8 +46,13 @@ class _Protocol(HttpToolsProtocol):
         self._head_timeout_s = head_timeout_s
         self._head_timer: asyncio.TimerHandle | None = None
         self._head_bytes = 0
+        self._head_end = b""
+        """The latest bytes of a head, in which its end may have begun."""
         self._in_head = True
         self._linger_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+        self._answered: RequestResponseCycle | None = None
+        """The request that is being answered, or was last; `cycle` is the newest one."""
         self._dropped = 0
         self.ignores_input = False
 
@@ -55,7 +64,11 @@ class _Protocol(HttpToolsProtocol):
         self._head_is_there()
         if self._linger_timer is not None:
             self._linger_timer.cancel()
+        self._write_is_over()
         super().connection_lost(exc)
+        if self._answered is not None and not self._answered.response_complete:
+            self._answered.disconnected = True
+            self._answered.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         if self.ignores_input:
@@ -65,11 +78,36 @@ class _Protocol(HttpToolsProtocol):
             return
         if self._in_head:
             self._head_bytes += len(data)
+            seen, self._head_end = self._head_end + data, (self._head_end + data[-3:])[-3:]
             # One packet can hold the head and much of a body, so only a head that has not ended is refused.
-            if self._head_bytes > MAX_HEAD_BYTES and b"\r\n\r\n" not in data:
+            if self._head_bytes > MAX_HEAD_BYTES and b"\r\n\r\n" not in seen:
                 self._refuse(431, "the headers are too large", "headers_too_large")
                 return
         super().data_received(data)
+        if (
+            not self._in_head
+            and self.cycle is not None
+            and self.cycle.response_complete
+            and self.timeout_keep_alive_task is None
+        ):
+            # Empty lines begin no request: the connection is as idle as before.
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._write_is_over()
+        self._write_timer = self.loop.call_later(WRITE_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._write_is_over()
+        super().resume_writing()
+
+    def _write_is_over(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
 
     # One packet can hold several requests: the parser goes on after one that was refused.
 
@@ -77,6 +115,7 @@ class _Protocol(HttpToolsProtocol):
         super().on_message_begin()
         if self._head_timer is None and not self.ignores_input:
             self._await_head()
+            self._head_bytes = 1  # of this packet, which is not counted
 
     def on_headers_complete(self) -> None:
         if self.ignores_input:
@@ -88,6 +127,8 @@ class _Protocol(HttpToolsProtocol):
         super().on_headers_complete()
         if self.parser.should_upgrade():
             self.cycle.keep_alive = False  # no upgrade is served, and the parser reads nothing after such a request
+        if len(self.pipeline) <= MAX_PIPELINED:
+            self.flow.resume_reading()  # else nobody would see that the client leaves
 
     def on_body(self, body: bytes) -> None:
         if not self.ignores_input:
@@ -133,10 +174,11 @@ class _Protocol(HttpToolsProtocol):
     # -- answers -------------------------------------------------------------------------------------------------------
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:  # type: ignore[override]
+        self._answered = cycle
         super()._start_asgi_task(cycle, _Framed(cycle, app))  # type: ignore[arg-type]
 
     def _await_head(self) -> None:
-        self._in_head, self._head_bytes = True, 0
+        self._in_head, self._head_bytes, self._head_end = True, 0, b""
         self._head_timer = self.loop.call_later(self._head_timeout_s, self._late)
 
     def _head_is_there(self) -> None:

@@ -5,6 +5,7 @@ Routes convert their own bodies to `ChatRequest`, and these pieces to their own 
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -109,6 +110,7 @@ class ChatRun:
     @classmethod
     async def prepare(cls, service: Service, body: ChatRequest) -> ChatRun:
         """Render, tokenize and check. Raises ApiError."""
+        arrival = time.monotonic()
         service.check_count(1, body.choices)
         use = body.tool_use()
         told = use.offered if use.mode != "none" else ()
@@ -149,7 +151,7 @@ class ChatRun:
             )
             for number in range(body.choices)
         ]
-        return cls(service, Generation(service, choices, Usage(len(tokens))), stage, use)
+        return cls(service, Generation(service, choices, Usage(len(tokens)), arrival), stage, use)
 
     async def pieces(self) -> AsyncGenerator[ChatPiece, None]:
         """Yield parsed pieces of all answers as they arrive. See Generation.pieces."""

@@ -21,7 +21,7 @@ from server.chat.chat_run import ChatPiece, ChatRun
 from server.errors import ApiError
 from server.observe.speculation_report import SpeculationReports
 from server.request_ids import given_request_id
-from server.routes.completions import clamped, finite, prompt_logprobs
+from server.routes.completions import clamped, finite, told_of_prompt
 from server.routes.stream import respond
 from server.service import Service
 
@@ -87,8 +87,8 @@ class _Answer:
                 message.tokens += piece.raw.delta.tokens
                 message.last = piece
                 reports.add(piece.index, piece.raw.report)
-                if piece.raw.prompt is not None:
-                    prompt = {"prompt_logprobs": prompt_logprobs(self._service.tokenizer, piece.raw.prompt)}
+                if (count := self._body.prompt_logprobs) is not None and piece.raw.prompt is not None:
+                    prompt = await told_of_prompt(self._service.tokenizer, piece.raw.prompt, count)
         choices = [
             {
                 "index": index,

@@ -72,6 +72,7 @@ class _Answer:
     @classmethod
     async def prepare(cls, service: Service, body: CompletionRequest, given_id: str | None) -> _Answer:
         """Tokenize and check. given_id: the request's X-Request-Id. Raises ApiError."""
+        arrival = time.monotonic()
         service.check_count(len(body.prompt), body.choices)
         special = True if body.add_special_tokens is None else body.add_special_tokens
         ready, constraints = service.engine().ready, await body.constraints(service)
@@ -88,7 +89,7 @@ class _Answer:
             tokens = service.truncate(tokens, body.truncate_prompt_tokens, body.max_tokens, DEFAULT_MAX_TOKENS)
             max_tokens = service.fit(tokens, body.max_tokens, DEFAULT_MAX_TOKENS)
             # An echoed prompt gets log-probabilities too.
-            told = body.logprobs if body.echo and body.prompt_logprobs is None else None
+            told = max(body.logprobs, body.prompt_logprobs or 0) if body.echo and body.logprobs is not None else None
             params = body.sampling(
                 ready,
                 max_tokens=max_tokens,
@@ -119,7 +120,7 @@ class _Answer:
                     )
                 )
                 echoes.append(echo)
-        return cls(service, body, Generation(service, choices, Usage(prompt_tokens)), echoes, given_id)
+        return cls(service, body, Generation(service, choices, Usage(prompt_tokens), arrival), echoes, given_id)
 
     async def whole(self) -> dict[str, Any]:
         texts = [[echo.text] for echo in self._echoes]
@@ -134,9 +135,9 @@ class _Answer:
                 ends[piece.index] = piece
                 ids[piece.index] += piece.delta.tokens
                 reports.add(piece.index, piece.report)
-                if self._body.prompt_logprobs is not None and piece.prompt is not None:
-                    prompts[piece.index] = {"prompt_logprobs": prompt_logprobs(self._service.tokenizer, piece.prompt)}
-                if (more := self._logprobs(piece)) is not None:
+                if (count := self._body.prompt_logprobs) is not None and piece.prompt is not None:
+                    prompts[piece.index] = await told_of_prompt(self._service.tokenizer, piece.prompt, count)
+                if (more := await self._logprobs(piece)) is not None:
                     have = logprobs[piece.index]
                     logprobs[piece.index] = more if have is None else {key: have[key] + more[key] for key in more}
         choices = [
@@ -160,7 +161,7 @@ class _Answer:
                     yield None  # accepted
                     continue
                 text, echoes[piece.index] = echoes[piece.index] + piece.delta.text, ""
-                logprobs = self._logprobs(piece)
+                logprobs = await self._logprobs(piece)
                 ids = self._ids(piece.index, piece.delta.tokens, with_prompt=piece.index in silent)
                 silent.discard(piece.index)
                 if not (text or logprobs or ids or piece.report or piece.delta.finish_reason):
@@ -192,13 +193,13 @@ class _Answer:
         prompt = {"prompt_token_ids": self.generation.choices[index].prompt} if with_prompt else {}
         return {"token_ids": tokens, **prompt}
 
-    def _logprobs(self, piece: ChoiceDelta) -> dict[str, list[Any]] | None:
+    async def _logprobs(self, piece: ChoiceDelta) -> dict[str, list[Any]] | None:
         """Return logprobs of `piece`, and of the prompt if it is echoed; offsets index into the choice's text."""
         if piece.delta.logprobs is None:
             return None
         found = self._token_logprobs(piece, piece.delta.logprobs)
         if self._body.echo and piece.prompt is not None:
-            prompt = self._prompt_logprobs(piece.index, piece.prompt)
+            prompt = await run_by_length(len(piece.prompt), self._prompt_logprobs, piece.index, piece.prompt)
             found = {name: prompt[name] + found[name] for name in found}
         return found
 
@@ -279,15 +280,21 @@ def clamped(generation: Generation, asked: int | None) -> dict[str, int]:
     return {} if asked is None or asked <= most else {"clamped_max_tokens": most}
 
 
-def prompt_logprobs(tokenizer: Tokenizer, told: list[PromptLogprobs]) -> list[dict[str, Any] | None]:
-    """Return, per prompt token, logprobs by token id: of it and of the likeliest in its place; None for the first."""
+async def told_of_prompt(tokenizer: Tokenizer, told: list[PromptLogprobs], count: int) -> dict[str, Any]:
+    """Return the field of an answer for `prompt_logprobs: count`."""
+    return {"prompt_logprobs": await run_by_length(len(told), _by_id, tokenizer, told, count)}
+
+
+def _by_id(tokenizer: Tokenizer, told: list[PromptLogprobs], count: int) -> list[dict[str, Any] | None]:
+    """Return, per prompt token, logprobs by token id: of it and of the `count` likeliest in its place; None for the
+    first."""
 
     def entry(token: int, logprob: float, rank: int) -> dict[str, Any]:
         return {"logprob": finite(logprob), "rank": rank, "decoded_token": token_text(tokenizer, token)}
 
     found: list[dict[str, Any] | None] = [None]
     for each in told:
-        top = zip(each.top_ids, each.top_logprobs, strict=True)
+        top = zip(each.top_ids[:count], each.top_logprobs[:count], strict=True)
         entries = {str(id): entry(id, logprob, rank) for rank, (id, logprob) in enumerate(top, 1)}
         found.append(entries | {str(each.token): entry(each.token, each.logprob, each.rank)})
     return found

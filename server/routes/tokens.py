@@ -6,10 +6,11 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
+from models.tokenizer import Tokenizer
 from server.bodies.fields import read
 from server.bodies.schemas import DetokenizeRequest, TokenizeRequest
 from server.chat.chat_run import render
-from server.service import Service
+from server.service import Service, run_by_length
 
 router = APIRouter()
 
@@ -29,7 +30,7 @@ async def tokenize(request: Request) -> dict[str, Any]:
         tokens = await service.encode_chat(rendered, bool(body.add_special_tokens))
     strings = None
     if body.return_token_strs:
-        strings = [service.tokenizer.token_bytes(token).decode(errors="replace") for token in tokens]
+        strings = await run_by_length(len(tokens), _strings, service.tokenizer, tokens)
     return {
         "count": len(tokens),
         "max_model_len": ready.max_model_len,
@@ -43,4 +44,9 @@ async def detokenize(request: Request) -> dict[str, Any]:
     service: Service = request.app.state.service
     body = await read(request, DetokenizeRequest)
     service.check_model(body.model)
-    return {"prompt": service.tokenizer.decode(body.tokens, skip_special_tokens=False)}
+    decode = service.tokenizer.decode
+    return {"prompt": await run_by_length(len(body.tokens), decode, body.tokens, skip_special_tokens=False)}
+
+
+def _strings(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
+    return [tokenizer.token_bytes(token).decode(errors="replace") for token in tokens]

@@ -30,9 +30,11 @@ def write_parameters(function: Function, write: GrammarWriter) -> str:
     schema = resolve(root, root)
     _refuse_others(function, schema, _OF_OBJECT)
     properties, others = schema.get("properties"), schema.get("additionalProperties", True)
-    required = [name for name in schema.get("required", ()) if isinstance(name, str)]
-    if not isinstance(properties, Mapping):
+    required = [name for name in _list(function, schema, "required") or () if isinstance(name, str)]
+    if "properties" not in schema:
         properties = {}
+    elif not isinstance(properties, Mapping):
+        raise _not_served(function, "properties that are no object")
     known = {**properties, **{name: others for name in required if name not in properties}}
     if not known and "properties" not in schema and root and others is not False:
         name = write.terminal(r"/\n<parameter=[^<>\n]{1,64}>\n/")
@@ -55,7 +57,7 @@ def _value(function: Function, schema: Any, write: GrammarWriter) -> str:
         return f"{write.value(function, schema)} {write.text(_END)}"
     plain = resolve(schema, root)
     _refuse_others(function, plain, _OF_TEXT)
-    listed = _listed(plain)
+    listed = _listed(function, plain)
     if listed is None:
         return _text(" & ".join([_ANY_TEXT, *_constraints(function, plain)]), write)
     if any(_END.strip() in text for text in listed) or plain.keys() & {"pattern", "minLength", "maxLength"}:
@@ -69,11 +71,20 @@ def _text(expression: str, write: GrammarWriter) -> str:
     return write.terminal(f"{body} {json.dumps(_END)}")
 
 
-def _listed(schema: Mapping[str, Any]) -> list[str] | None:
-    """Return the strings that a schema lists, if it does."""
-    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
-    if values is None:
+def _list(function: Function, schema: Mapping[str, Any], name: str) -> list[Any] | None:
+    """Return the value of a keyword, a list; None: it is not there. Raises ApiError."""
+    values = schema.get(name)
+    if name in schema and not isinstance(values, list):
+        raise _not_served(function, f"{name} that is no list")
+    return values
+
+
+def _listed(function: Function, schema: Mapping[str, Any]) -> list[str] | None:
+    """Return the strings that a schema lists, if it does. Raises ApiError."""
+    values = _list(function, schema, "enum")
+    if values is None and "const" not in schema:
         return None
+    values = [schema["const"]] if values is None else values
     return [text for text in values if isinstance(text, str) and schema.get("const", text) == text]
 
 

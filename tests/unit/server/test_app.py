@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 from collections.abc import AsyncGenerator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
@@ -88,6 +89,8 @@ def test_streamed_text_is_the_text(directory: Path) -> None:
             counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
             assert counts == sorted(counts)
             assert counts[-1] == 120
+            sent = [len(chunk["choices"][0]["logprobs"]["tokens"]) for chunk in chunks[:-1]]
+            assert counts == [*accumulate(sent), 120]
 
     asyncio.run(main())
 

@@ -19,15 +19,28 @@ Connect = Callable[[], Any]
 POST = b"POST / HTTP/1.1\r\nHost: x\r\n"
 
 
+ended: list[str] = []
+"""How the requests ended that the client left."""
+
+
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
     """/early answers before the body has arrived. /read reads it. /chunks sends two chunks, the second one when the
-    body has arrived."""
+    body has arrived. /endless sends until the client is gone, and /waits answers nothing until then."""
     headers = []
     if scope["path"] != "/early":
         while (message := await receive())["type"] == "http.request" and message["more_body"]:
             pass
         if message["type"] == "http.disconnect":
             return
+    if scope["path"] in ("/endless", "/waits"):
+        gone = asyncio.create_task(receive())
+        if scope["path"] == "/endless":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            while not gone.done():
+                await send({"type": "http.response.body", "body": bytes(2**16), "more_body": True})
+                await asyncio.sleep(0)
+        ended.append((await gone)["type"])
+        return
     if scope["path"] != "/chunks":
         headers.append((b"content-length", b"4"))
     await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -38,9 +51,10 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 @contextlib.asynccontextmanager
-async def serving() -> AsyncIterator[Connect]:
+async def serving(head_s: float = 5.0, idle_s: int = 60) -> AsyncIterator[Connect]:
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app, http=protocol(5.0), ws="none", lifespan="off", log_config=None)  # type: ignore[arg-type]
+    http: Any = protocol(head_s)
+    config = uvicorn.Config(app, http=http, ws="none", lifespan="off", log_config=None, timeout_keep_alive=idle_s)
     server = uvicorn.Server(config)
     server.capture_signals = contextlib.nullcontext  # type: ignore[assignment, method-assign]
     task = asyncio.create_task(server.serve(sockets=[listener]))
@@ -173,6 +187,98 @@ def test_pipelined_requests_are_answered_in_order() -> None:
         b"abcd",
         b"2\r\nab\r\n2\r\ncd\r\n0\r\n\r\n",
     ]
+
+
+GET = b"GET %s HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("body", [b"", b"Content-Length: 9\r\n\r\n"])
+def test_a_client_that_leaves_with_a_request_in_the_queue(body: bytes) -> None:
+    """Both end, the one that is being answered and the one that waits."""
+
+    async def main() -> None:
+        async with asyncio.timeout(30), serving() as connect:
+            ended.clear()
+            _, writer = await connect()
+            writer.write(GET % b"/waits")
+            await asyncio.sleep(0.05)
+            writer.write(POST + body if body else GET % b"/read")
+            await asyncio.sleep(0.05)
+            assert not ended
+            writer.close()
+            await until(lambda: ended == ["http.disconnect"])
+
+    asyncio.run(main())
+
+
+def test_a_client_that_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_protocol, "WRITE_S", 0.2)
+
+    async def main() -> None:
+        async with asyncio.timeout(30), serving() as connect:
+            ended.clear()
+            _, writer = await connect()
+            reads, reads_writer = await connect()
+            for each in (writer, reads_writer):
+                each.write(GET % b"/endless")
+            began = asyncio.get_running_loop().time()
+            while asyncio.get_running_loop().time() - began < 0.6:
+                assert await reads.read(2**20)
+            await until(lambda: ended == ["http.disconnect"])  # of the other one
+            reads_writer.close()
+            writer.close()
+            await until(lambda: len(ended) == 2)
+
+    asyncio.run(main())
+
+
+def test_a_head_that_begins_beside_an_answer() -> None:
+    """The answer is completed. On an idle connection, a head that does not end is answered."""
+
+    async def main() -> None:
+        async with asyncio.timeout(30), serving(head_s=0.05) as connect:
+            reader, writer = await connect()
+            writer.write(GET % b"/slow" + b"P")
+            assert (await reader.read()).endswith(b"abcd")
+            reader, writer = await connect()
+            writer.write(GET % b"/read")
+            await reader.readuntil(b"abcd")
+            writer.write(b"P")
+            assert (await reader.read()).startswith(b"HTTP/1.1 408")
+
+    asyncio.run(main())
+
+
+def test_empty_lines_keep_no_connection() -> None:
+    async def main() -> None:
+        async with asyncio.timeout(30), serving(idle_s=1) as connect:
+            reader, writer = await connect()
+            writer.write(GET % b"/read")
+            await reader.readuntil(b"abcd")
+            writer.write(b"\r\n")
+            assert await reader.read() == b""
+
+    asyncio.run(main())
+
+
+def test_a_head_whose_end_comes_with_a_large_body() -> None:
+    size = 2 * MAX_HEAD_BYTES
+    head = b"POST /read HTTP/1.1\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % size
+
+    async def main() -> None:
+        async with asyncio.timeout(30), serving() as connect:
+            reader, writer = await connect()
+            writer.write(head[:-1])
+            await asyncio.sleep(0.1)
+            writer.write(head[-1:] + bytes(size))
+            assert (await reader.read()).endswith(b"abcd")
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize(("path", "continues"), [(b"/read", True), (b"/early", False)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 from tokenizers import Tokenizer as Library
 from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
 
+from engine.messages import FINISH_ABORT, AddRequest, RequestOutput
 from models.tokenizer import Tokenizer
-from tests.support.app import server
+from tests.support.app import FakeClient, server
 from tests.support.tiny import SPECIAL, write_tokenizer
 
 BOS = TemplateProcessing(single=f"{SPECIAL[1]} $A", special_tokens=[(SPECIAL[1], 1)])
@@ -53,6 +55,30 @@ def check(choice: dict[str, Any], hidden: tuple[str, ...] = SPECIAL) -> None:
     for token, begin, end in zip(logprobs["tokens"], logprobs["text_offset"], ends, strict=True):
         if not token.startswith("bytes:"):
             assert choice["text"][begin:end] == ("" if token in hidden else token)
+
+
+def test_alternatives_of_an_echoed_prompt(directory: Path) -> None:
+    """`logprobs` and `prompt_logprobs` each have their own number."""
+    for logprobs, of_prompt in ((3, 1), (1, 3)):
+        choice = ask(directory, prompt="fox", logprobs=logprobs, prompt_logprobs=of_prompt)
+        length = len(choice["prompt_logprobs"])
+        assert {len(each) for each in choice["prompt_logprobs"][1:]} <= {of_prompt, of_prompt + 1}
+        assert {len(each) for each in choice["logprobs"]["top_logprobs"][1:length]} <= {logprobs, logprobs + 1}
+
+
+def test_a_prompt_whose_scoring_is_aborted(directory: Path) -> None:
+    class Aborting(FakeClient):
+        async def generate(self, request: AddRequest) -> AsyncGenerator[RequestOutput, None]:
+            yield RequestOutput(id=request.id, queued=True)
+            yield RequestOutput(id=request.id, finish_reason=FINISH_ABORT)
+
+    async def main() -> None:
+        async with server(directory, Aborting()) as (http, _, _):
+            body = {"prompt": "fox", "echo": True, "logprobs": 1, "max_tokens": 0}
+            (choice,) = (await http.post("/v1/completions", json=body)).json()["choices"]
+            assert choice["finish_reason"] == "abort"
+
+    asyncio.run(main())
 
 
 def test_skipped_special_tokens_take_no_text(directory: Path) -> None:

@@ -301,6 +301,9 @@ def test_keywords_that_are_not_served() -> None:
         ({"anyOf": [{"required": ["a"]}]}, "anyOf"),
         ({"properties": {"a": {"type": "string", "not": {"const": "x"}}}}, "not"),
         ({"properties": {"a>": {}}}, 'the name of the parameter "a>"'),
+        ({"properties": {"a": {}}, "required": None}, "required that is no list"),
+        ({"properties": {"a": {"type": "string", "enum": 5}}}, "enum that is no list"),
+        ({"properties": None}, "properties that are no object"),
         (
             {"properties": {"a": {"type": "string", "pattern": "^a|b$"}}},
             'the pattern "^a|b$"; put its alternatives in parentheses',
