@@ -5,6 +5,7 @@ Free of torch, so that an API process never loads it.
 
 from __future__ import annotations
 
+import hashlib
 from enum import StrEnum
 from typing import Literal
 
@@ -217,6 +218,8 @@ class Ready(msgspec.Struct, tag="ready"):
     stats: EngineStats
     heartbeat: bytes = b""
     """Name of this process in its heartbeats."""
+    protocol: str = ""
+    """See `protocol`."""
 
 
 class Outputs(msgspec.Struct, tag="outputs"):
@@ -241,3 +244,10 @@ class Dead(msgspec.Struct, tag="dead"):
 
 
 FromEngine = Ready | Outputs | ControlResult | Dead
+
+
+def protocol() -> str:
+    """Return a fingerprint of all messages: processes of other versions, which would drop each other's new fields, have
+    another one."""
+    schemas = msgspec.json.schema_components([ToEngine, FromEngine])
+    return hashlib.sha256(msgspec.json.encode(schemas, order="sorted")).hexdigest()[:16]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Self
 
 import torch.distributed as dist
@@ -48,6 +49,9 @@ class Group:
     `agree` covers both.
     """
 
+    at_settling: Callable[[], None] | None = None
+    """What `settle` does."""
+
     def __init__(self, comm: dist.ProcessGroup) -> None:
         """comm: this rank's process group, gloo for CPU tensors or NCCL for CUDA tensors; the caller closes it."""
         self._comm: dist.ProcessGroup | None = comm
@@ -60,6 +64,12 @@ class Group:
         group = cls.__new__(cls)
         group._comm, group.rank, group.size = None, 0, 1
         return group
+
+    def settle(self) -> None:
+        """Wait for all ranks to have loaded, for as long as a start may take. Later collectives wait less long. Every
+        rank calls this once."""
+        if self.at_settling is not None:
+            self.at_settling()
 
     @property
     def can_abandon(self) -> bool:

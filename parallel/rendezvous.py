@@ -43,7 +43,7 @@ class Join(msgspec.Struct):
     holder: int | None = None
     """shared: process id of the rank that owns the descriptor; None: this process has inherited it."""
     start_timeout_s: float | None = None
-    """Time that joining waits for another rank; None: timeout_s."""
+    """Time that joining and loading wait for another rank, until Group.settle; None: timeout_s."""
     fall_back: bool = False
     """symmetric: use NCCL alone where symmetric memory does not work. Joining then changes `transport`."""
 
@@ -121,21 +121,34 @@ def _enter(
             store = TCPStore(LOOPBACK, how.port, how.size, is_master=False, timeout=limit)
         part = PrefixStore("second" if second else "first", store)
         comm = connect(part, how.rank, size, device, limit, address)
-        comm.allreduce([torch.zeros(1, device=device)]).wait()  # NCCL connects only in the first collective
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        comm._get_backend(device)._set_default_timeout(timedelta(seconds=how.timeout_s))
-        if how.transport != "symmetric":
-            return Group(comm)
-        group = join_symmetric(comm, part, device, fall_back=how.fall_back)
-        if group is not None:
-            return group
-        how.transport = "nccl"  # a second group does not try again
-        return Group(comm)
+        _meet(comm, device)  # NCCL connects only in the first collective
+        group: Group | None = None
+        if how.transport == "symmetric":
+            group = join_symmetric(comm, part, device, fall_back=how.fall_back)
+            if group is None:
+                how.transport = "nccl"  # a second group does not try again
+        group = group or Group(comm)
+
+        def settle() -> None:
+            try:
+                _meet(comm, device)
+            except RuntimeError as error:
+                raise CollectiveError(str(error)) from error
+            comm._get_backend(device)._set_default_timeout(timedelta(seconds=how.timeout_s))
+
+        group.at_settling = settle
+        return group
     except CollectiveError:
         raise
     except RuntimeError as error:
         raise CollectiveError(str(error)) from error
+
+
+def _meet(comm: dist.ProcessGroup, device: torch.device) -> None:
+    """Wait until all ranks are here."""
+    comm.allreduce([torch.zeros(1, device=device)]).wait()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def connect(

@@ -33,6 +33,7 @@ from engine.messages import (
     RequestOutput,
     ResetPrefixCache,
     ToEngine,
+    protocol,
 )
 from engine.processes.endpoint import HEARTBEAT, SOCKET, EndpointError, check_private, new_directory
 from engine.processes.engine_server import EngineLaunch
@@ -132,6 +133,8 @@ class EngineClient:
             with client._subscribe() as heartbeat:
                 client.ready = await wait_for_engine(client._socket, heartbeat, directory, start_timeout_s)
             check_private(directory)  # before, the directory may not exist
+            if client.ready.protocol != protocol():
+                raise EngineDead(f"the engine in {directory} is of another version than this process")
             if client.ready.model != model:
                 raise EngineDead(f"the engine in {directory} serves {client.ready.model}, not {model}")
         except EndpointError as error:

@@ -47,6 +47,7 @@ from engine.messages import (
     RequestOutput,
     ResetPrefixCache,
     ToEngine,
+    protocol,
 )
 from engine.processes.endpoint import HEARTBEAT, SOCKET, remove
 from engine.processes.heartbeat import HeartbeatSender
@@ -115,7 +116,7 @@ class EngineServer:
         self._engine = engine
         self._heartbeat = heartbeat
         self._parent_fd = parent_fd
-        self._decoder = msgspec.msgpack.Decoder(ToEngine)
+        self._decoder, self._protocol = msgspec.msgpack.Decoder(ToEngine), protocol()
         self._last_sent: dict[bytes, float] = {}
         self._peer_by_request: dict[str, bytes] = {}
         self._pending: list[RequestOutput] = []  # outputs of the newest round, not sent yet
@@ -160,7 +161,8 @@ class EngineServer:
             if peer not in self._last_sent:
                 self._last_sent[peer] = 0.0
                 ready, stats = self._engine.ready, self._engine.stats()
-                self._send(peer, msgspec.structs.replace(ready, stats=stats, heartbeat=self._heartbeat.name))
+                told = {"heartbeat": self._heartbeat.name, "protocol": self._protocol}
+                self._send(peer, msgspec.structs.replace(ready, stats=stats, **told))
             try:
                 message: ToEngine = self._decoder.decode(data)
             except msgspec.MsgspecError as error:

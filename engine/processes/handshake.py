@@ -69,7 +69,12 @@ async def wait_for_engine(
                 await socket.send(_HELLO)
                 if not await socket.poll(int(_HELLO_INTERVAL_S * 1000)):
                     continue
-                message = msgspec.msgpack.decode(await socket.recv(), type=FromEngine)
+                data = await socket.recv()
+                try:
+                    message = msgspec.msgpack.decode(data, type=FromEngine)
+                except msgspec.MsgspecError as error:
+                    reason = f"it is of another version than this process: {error}"
+                    raise EngineDead(f"the engine in {directory} cannot be read; {reason}") from None
                 if isinstance(message, Ready):
                     return message
                 if isinstance(message, Dead) and message.reason != reason:

@@ -200,6 +200,16 @@ class KVManager:
             self._append(request, pages)
         return pages
 
+    def release_spare(self, running: Iterable[Request]) -> bool:
+        """Give back the pages that running requests have for drafts, behind those of their tokens. False: none."""
+        before = self.available
+        for request in running:
+            if spare := request.pages[self._num_pages(request.num_tokens) :]:
+                del request.pages[-len(spare) :]
+                request.num_reserved -= len(spare) * self._page_size
+                self._pages.release(spare)
+        return self.available > before
+
     def cover(self, request: Request, end: int) -> tuple[int, list[int]]:
         """Extend a running request's sliding pages to those of a round that computes positions up to end - 1, for which
         it has the other pages. Returns the place of the first new one, and the new ones."""

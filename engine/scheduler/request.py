@@ -123,6 +123,16 @@ class Request:
         return len(self.tokens)
 
     @property
+    def most_tokens(self) -> int:
+        """Number of tokens that it may have in the end."""
+        return self.num_prompt + self.params.max_tokens
+
+    @property
+    def may_grow(self) -> bool:
+        """Whether it may need more pages than it has."""
+        return self.num_reserved < self.most_tokens
+
+    @property
     def num_output(self) -> int:
         return len(self.tokens) - self.num_prompt
 

@@ -250,16 +250,17 @@ class Scheduler:
     def _find_admissible(self) -> list[Request]:
         """Find the waiting requests that could be admitted together, most urgent first, while rows and pages last."""
         found: list[Request] = []
-        available, running = self._kv.available, len(self.running)
+        available, growing = self._kv.available, sum(request.may_grow for request in self.running)
         waiting = self.waiting[: len(self._free_rows)]
         for request in waiting[: self._kv.num_fitting(waiting)]:
             needed = self._kv.num_needed(request)
-            # One page per running row stays available, so that an admission does not cause a preemption in the next
-            # round.
-            if needed + running > available and (running or needed > available):
+            # A page stays available for each running row that may need one more, so that an admission does not cause a
+            # preemption in the next round.
+            if needed + growing > available:
                 break
             found.append(request)
-            available, running = available - needed, running + 1
+            tokens = -(-request.num_tokens // self._page_size) * self._page_size
+            available, growing = available - needed, growing + (tokens < request.most_tokens)
         return found
 
     def _admit(self, plan: RoundPlan, request: Request) -> None:
@@ -307,6 +308,8 @@ class Scheduler:
     def _reserve_or_preempt(self, plan: RoundPlan, request: Request, slots: int) -> bool:
         """Reserve, preempting the least urgent requests; False if `request` itself was preempted."""
         while not self._reserve(plan, request, slots):
+            if self._kv.release_spare(self.running):
+                continue
             victim = max(self.running, key=_urgency)
             # What it reserved in this round now belongs to others.
             plan.pages = [delta for delta in plan.pages if delta.row != victim.row]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -11,6 +12,7 @@ from engine.batch.forward_graphs import graph_row_counts, prefix_room
 from engine.batch.graph_inputs import pages_seen
 from engine.batch.runner import make_attention
 from engine.config.deployment import EngineConfig
+from engine.oom import is_out_of_memory
 from engine.plan import DrafterName
 from engine.worker.resolve import Resolved, fit_pool
 from kernels.attention.base import AttentionBatch
@@ -19,6 +21,8 @@ from kernels.flashinfer.flashinfer_workspace import load_flashinfer, takes_unifo
 from models.batch import ForwardBatch, SlidingKV
 from models.decoder import DecoderModel
 from parallel.group import Group
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,23 @@ def size_pool(
     named = f"the {int(smallest) / 1e9:.3g} that gpu_memory_utilization {share:g} leaves"
     setting = f"cache.gpu_memory_utilization ({share:g})"
     return fit_pool(config, resolved, int(smallest), named, setting, warns=group.rank == 0)
+
+
+def allocate(group: Group, device: torch.device, make: Callable[[], T]) -> T:
+    """Return what `make` allocates on this rank. Every rank calls this. Raises MemoryError, on all of them, if one has
+    too little memory."""
+    made, error = None, ""
+    try:
+        made = make()
+    except (RuntimeError, MemoryError) as failure:
+        if not is_out_of_memory(failure):
+            raise
+        error = str(failure) or type(failure).__name__
+    failed = group.all_gather(torch.tensor([bool(error)], dtype=torch.int64, device=device)).view(-1)
+    if failed.any():
+        raise MemoryError(error or f"rank {int(failed.argmax())} has too little")
+    assert made is not None
+    return made
 
 
 def captured_list_bytes(

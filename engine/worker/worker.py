@@ -37,7 +37,7 @@ from engine.worker.build import (
     make_target,
     own_drafts,
 )
-from engine.worker.kv_memory import size_pool
+from engine.worker.kv_memory import allocate, size_pool
 from engine.worker.loading import load_shard
 from engine.worker.resolve import Resolved
 from engine.worker.weight_choice import describe_formats
@@ -89,6 +89,8 @@ class Worker:
             model = load_shard(config, resolved, device, group, progress=progress)
         model = model.keeping_all_kv(resolved.shape.keeps_all_kv)
         draft = load_draft(config, model, resolved.max_model_len, draft_group)
+        for each in dict.fromkeys((group, draft_group or group)):
+            each.settle()  # loading takes some ranks longer than a round may
         resolved = size_pool(config, resolved, model, group, draft=draft.model)
         assert resolved.num_pages is not None
         length = resolved.max_model_len
@@ -129,7 +131,8 @@ class Worker:
         self._sampler = make_sampler(config, self._state, vocab, model.ops, self._grammars)
         self._graphs = make_graphs(config, model)
         try:
-            target = make_target(config, model, self._state, *self.pages)
+            # Making the drafter takes collectives, in which no rank must wait for one that is out of memory.
+            target = allocate(group, model.device, lambda: make_target(config, model, self._state, *self.pages))
             self._target, drafter = make_drafter(config, target, self._state, self._sampler, group, draft, self._graphs)
         except BaseException:
             self.close()

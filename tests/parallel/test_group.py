@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from itertools import product
 from pathlib import Path
@@ -181,6 +184,30 @@ def test_shared_memory_names_the_rank_that_does_not_come() -> None:
     with pytest.raises(CollectiveError, match="rank 2 did not answer"):  # rank 0 arrived and has left since
         second.all_reduce(torch.ones(3))
     assert waited
+
+
+def test_ranks_wait_longer_for_each_other_until_they_have_loaded(tmp_path: Path) -> None:
+    joined = threading.Barrier(2)
+    waited: list[float] = []
+
+    def run(rank: int) -> None:
+        how = rendezvous.Join(rank, 2, "gloo", 0.5, start_timeout_s=60)
+        group = rendezvous.join(how, CPU, FileStore(str(tmp_path / "store"), 2))
+        joined.wait(60)
+        if rank:
+            time.sleep(1.5)  # it loads
+        began = time.monotonic()
+        group.settle()
+        if not rank:
+            waited.append(time.monotonic() - began)
+            with pytest.raises(CollectiveError):
+                group.all_reduce(torch.zeros(1))
+        joined.wait(60)
+
+    with ThreadPoolExecutor(2) as pool:
+        for each in [pool.submit(run, rank) for rank in range(2)]:
+            each.result()
+    assert waited[0] > 1
 
 
 if __name__ == "__main__":

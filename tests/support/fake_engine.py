@@ -199,9 +199,9 @@ class FakeEngine:
             if request.params.logprobs is not None:
                 top = list(range(request.params.logprobs))
                 output.logprobs = [TokenLogprobs(-1.5, top, [-1.0 - token for token in top]) for _ in new]
-            if (count := request.params.prompt_logprobs) is not None and first:
-                top = list(range(40, 40 + count)), [-2.0 - place for place in range(count)]
-                output.prompt_logprobs = [PromptLogprobs(token, -1.5, 1, *top) for token in request.prompt[1:]]
+            if (asked := request.params.prompt_logprobs) is not None and first:
+                ids, values = list(range(40, 40 + asked)), [-2.0 - place for place in range(asked)]
+                output.prompt_logprobs = [PromptLogprobs(token, -1.5, 1, ids, values) for token in request.prompt[1:]]
             if not rest:
                 del self._live[id]
                 ended = new[-1] == EOS and not request.params.ignore_eos

@@ -63,8 +63,7 @@ def test_stop_string_aborts_and_counts_the_tokens_used(directory: Path) -> None:
             assert used <= 7
             # Every round drafts three and accepts two. Accepted tokens that the stop string cut off do not count as
             # rejected.
-            details = answer["usage"]["completion_tokens_details"]
-            assert details["rejected_prediction_tokens"] == -(-used // 3)
+            assert answer["usage"]["completion_tokens_details"]["rejected_prediction_tokens"] == -(-used // 3)
             assert client.aborted == [client.requests[0].id]
 
     asyncio.run(main())
@@ -87,8 +86,6 @@ def test_streamed_text_is_the_text(directory: Path) -> None:
                     assert [value for chunk in mine for value in chunk["logprobs"][key]] == values
                 assert [chunk["finish_reason"] for chunk in mine[-2:]] == [None, "length"]
             counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
-            assert counts == sorted(counts)
-            assert counts[-1] == 120
             sent = [len(chunk["choices"][0]["logprobs"]["tokens"]) for chunk in chunks[:-1]]
             assert counts == [*accumulate(sent), 120]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import uvicorn
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from server import http_protocol
 from server.http_protocol import MAX_HEAD_BYTES, protocol
@@ -33,7 +33,7 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if message["type"] == "http.disconnect":
             return
     if scope["path"] in ("/endless", "/waits"):
-        gone = asyncio.create_task(receive())
+        gone: asyncio.Future[Message] = asyncio.ensure_future(receive())
         if scope["path"] == "/endless":
             await send({"type": "http.response.start", "status": 200, "headers": []})
             while not gone.done():

@@ -11,13 +11,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 import typer
+import zmq.asyncio
 
 from engine.messages import AddRequest
 from engine.params import SamplingParams
 from engine.processes.client import EngineClient, EngineDead
 from engine.processes.endpoint import EndpointError, claim, remove
+from engine.processes.handshake import wait_for_engine
 from server.cli.serve import serve
 from tests.support.fake_engine import SLOW, expected
 from tests.support.paths import ROOT
@@ -171,6 +174,35 @@ def test_no_engine_and_the_wrong_engine(tmp_path: Path, engines: Callable[..., s
         with pytest.raises(EngineDead, match="serves fake, not other"):
             async with attached(tmp_path, model="other"):
                 pass
+
+    run(test)
+
+
+def test_an_engine_of_another_version(
+    tmp_path: Path, engines: Callable[..., subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        engines()
+        monkeypatch.setattr("engine.processes.client.protocol", lambda: "of another version")
+        with pytest.raises(EngineDead, match="is of another version than this process"):
+            async with attached(tmp_path):
+                pass
+
+    run(test)
+
+
+def test_an_engine_that_cannot_be_read(tmp_path: Path) -> None:
+    async def test() -> None:
+        context = zmq.asyncio.Context()
+        engine, socket, heartbeat = (context.socket(kind) for kind in (zmq.ROUTER, zmq.DEALER, zmq.SUB))
+        engine.bind("inproc://engine")
+        socket.connect("inproc://engine")
+        waiting = asyncio.create_task(wait_for_engine(socket, heartbeat, tmp_path, 30))
+        peer, _ = await engine.recv_multipart()
+        await engine.send_multipart([peer, msgspec.msgpack.encode({"type": "ready", "model": 7})])
+        with pytest.raises(EngineDead, match="another version than this process: Expected `str`, got `int`"):
+            await waiting
+        context.destroy(linger=0)
 
     run(test)
 

@@ -137,12 +137,16 @@ class MarkedRanks:
             table = self.rows[delta.row].table
             places.update((delta.row, delta.first + i) for i in range(len(delta.pages)))
             assert delta.first <= len(table)
-            self.tally.adopted += min(len(delta.pages), len(table) - delta.first)
+            if delta.row not in self.started:
+                computed = self.rows[delta.row].computed // self.page_size
+                self.tally.adopted += max(0, min(len(delta.pages), computed - delta.first))
             table[delta.first : delta.first + len(delta.pages)] = delta.pages
         assert max(places.values(), default=1) == 1, "ranks may set a place only once"
         for request in requests:
             assert request.row is not None
-            assert self.rows[request.row].table == request.pages
+            table = self.rows[request.row].table
+            assert table[: len(request.pages)] == request.pages
+            del table[len(request.pages) :]  # given back
         for start in plan.starts:
             self._check_held(self.rows[start.row], self.rows[start.row].held)
 

@@ -78,8 +78,14 @@ class RankExecutor:
         assert [work.gamma for work in plan.work] == sorted((work.gamma for work in plan.work), reverse=True)
         # A row writes only pages that no other row writes.
         first = {work.row: work.computed // self._page_size for work in plan.work}
-        written = [page for row in rows for page in self._pages[row][first[row] :]]
+        ends = {work.row: -(-(work.computed + work.new + work.gamma) // self._page_size) for work in plan.work}
+        written = [page for row in rows for page in self._pages[row][first[row] : ends[row]]]
         assert len(set(written)) == len(written)
+        # What lies behind them may have been given back.
+        for request in requests:
+            end = ends[request.row or 0]
+            assert end <= len(request.pages)
+            assert self._pages[request.row or 0][:end] == request.pages[:end]
         read = {page for row in rows for page in self._pages[row][: first[row]]}
         assert read.isdisjoint(written)
         assert sum(work.catch_up for work in plan.work) <= self._batch
@@ -241,6 +247,31 @@ def test_drafts_are_given_up_before_anyone_is_preempted() -> None:
     assert made.preemptions == 1
     assert [request.id for request in made.waiting] == ["b"]
     assert (kv.free, kv.cached) == (0, 1)  # a page of b is cached, the other one belongs to a by now
+
+
+def test_pages_for_drafts_are_given_back_before_anyone_is_preempted() -> None:
+    """Row a has a page for drafts of which none was accepted, and b needs one."""
+    made, _ = scheduler(pages=4, page_size=4, max_rows=2, gamma=3, max_len=16)
+    made.add(AddRequest("a", [5] * 2, SamplingParams(max_tokens=9, ignore_eos=True)))
+    made.add(AddRequest("b", [6] * 7, SamplingParams(max_tokens=9, ignore_eos=True, max_draft_tokens=0)))
+    owned = []
+    for _ in range(3):
+        plan, requests = made.schedule()
+        owned.append([len(request.pages) for request in made.running])
+        results = [RowResult(work.gamma, 0, [5], None) for work in plan.work]
+        made.commit(plan, requests, RoundResult(plan.number, results, 0.0, 0.0))
+    assert owned == [[1, 2], [2, 2], [1, 3]]
+    assert made.preemptions == 0
+    made.check()
+
+
+def test_rows_that_have_all_their_pages_leave_the_rest_to_others() -> None:
+    """Two requests take half of all pages each, to the last slot."""
+    made, _ = scheduler(pages=8, page_size=4, max_rows=2, batch=60, max_len=16)
+    for name, token in (("a", 5), ("b", 6)):
+        made.add(AddRequest(name, [token] * 14, SamplingParams(max_tokens=2, ignore_eos=True)))
+    plan, _ = made.schedule()
+    assert len(plan.starts) == 2
 
 
 def test_drafts_of_an_older_row_do_not_cost_a_younger_one_its_place() -> None:

@@ -15,14 +15,21 @@ from engine.batch.forward_graphs import graph_row_counts
 from engine.batch.graph_inputs import _GroupLists
 from engine.config.deployment import ConfigError, EngineConfig
 from engine.scheduler.sliding_pages import pool_pages
-from engine.worker.kv_memory import DeviceMemory, captured_bytes, captured_list_bytes, run_largest_round, size_pool
+from engine.worker.kv_memory import (
+    DeviceMemory,
+    allocate,
+    captured_bytes,
+    captured_list_bytes,
+    run_largest_round,
+    size_pool,
+)
 from engine.worker.resolve import Resolved, resolve
 from kernels.flashinfer.flashinfer_sizes import Heads, captured_plan, captured_ragged_plan, eager_float_bytes
 from models.decoder import DecoderModel
 from parallel.group import Group
 from tests.support import fake_flashinfer
 from tests.support.engines import TINY, tiny_model
-from tests.support.rig import run_ranks
+from tests.support.rig import CPU, run_ranks
 
 MEGABYTE = 1_000_000
 PAGE = 4 * 2 * 2 * 2 * 8 * 8  # bytes: tokens, keys and values, layers, heads, elements, of float64
@@ -242,3 +249,30 @@ def test_the_largest_round_of_a_model_with_sliding_layers() -> None:
     for layers in ((0, 2), (0, 1, 2)):
         model = tiny_model(config=replace(SLIDING, sliding_layers=layers))
         run_largest_round(EngineConfig.model_validate({"cache": {"page_size": 4}}), model)
+
+
+def test_all_ranks_fail_to_allocate_or_none() -> None:
+    """A rank that is out of memory leaves no other one waiting in a later collective."""
+
+    def allocated(group: Group, fails: int | None) -> str:
+        def make() -> str:
+            if group.rank == fails:
+                raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+            return f"made {group.rank}"
+
+        try:
+            return allocate(group, CPU, make)
+        except MemoryError as error:
+            return str(error)
+
+    assert run_ranks(2, lambda group: allocated(group, None)) == ["made 0", "made 1"]
+    assert run_ranks(2, lambda group: allocated(group, 1)) == [
+        "rank 1 has too little",
+        "[enforce fail] DefaultCPUAllocator: can't allocate memory",
+    ]
+
+    def fails() -> str:
+        raise RuntimeError("a fault")
+
+    with pytest.raises(RuntimeError, match="a fault"):
+        allocate(Group.single(), CPU, fails)
