@@ -18,16 +18,18 @@ class Architecture:
     """An architecture, and the values that transformers gives to absent keys.
 
     name: of the class in transformers. aliases: other names of it. kv_heads, head_dim: None: as many as heads;
-    hidden_size by heads. rope: what rotates, and with which theta. complete: sets, in a config with all common keys,
-    what is special to the architecture. reads: keys that change the arithmetic of other models or of parts
-    (models.files.foreign_keys), and that `complete` or this class takes care of. layer_keys: keys that tell layers
-    apart.
+    hidden_size by heads. original_positions: original_max_position_embeddings beside the parameters of the rotary
+    embedding, which counts more than one among them; None: there is none. rope: what rotates, and with which theta.
+    complete: sets, in a config with all common keys, what is special to the architecture. reads: keys that change the
+    arithmetic of other models or of parts (models.files.foreign_keys), and that `complete` or this class takes care of.
+    layer_keys: keys that tell layers apart.
     """
 
     name: str
     aliases: tuple[str, ...] = ()
     complete: Callable[[Json, ModelConfig], ModelConfig]
     max_positions: int
+    original_positions: int | None = None
     kv_heads: int | None = None
     head_dim: int | None = None
     rms_norm_eps: float = 1e-6
@@ -59,7 +61,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         head_dim=128,
         rms_norm_eps=1e-5,
     ),
-    "phi3": Architecture(name="Phi3ForCausalLM", complete=phi.phi3, max_positions=4096, rms_norm_eps=1e-5),
+    "phi3": Architecture(
+        name="Phi3ForCausalLM", complete=phi.phi3, max_positions=4096, original_positions=4096, rms_norm_eps=1e-5
+    ),
     "glm": Architecture(
         name="GlmForCausalLM",
         complete=glm.glm,
@@ -135,6 +139,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         max_positions=131072,
         kv_heads=8,
         rms_norm_eps=1e-5,
+        rope=RopeConfig(theta=1e6),
         reads=experts.COUNTS,
     ),
     "qwen2_moe": Architecture(

@@ -9,6 +9,7 @@ from pathlib import Path
 from models.architectures import Architecture, find_architecture
 from models.files.foreign_keys import refuse_foreign_keys
 from models.files.json_values import (
+    MAX_PARTS,
     Json,
     ModelError,
     describe_no_directory,
@@ -21,7 +22,7 @@ from models.files.json_values import (
     token_ids,
 )
 from models.files.nested_text import describe_nesting, text_model
-from models.files.rope_config import SLIDING, RopeConfig, parse_rope, served_positions
+from models.files.rope_config import ORIGINAL, SLIDING, RopeConfig, parse_rope, served_positions
 from models.files.special_tokens import end_tokens
 from models.model_config import ModelConfig
 
@@ -60,6 +61,8 @@ def parse_config(data: Json, generation: Json | None = None, end_ids: Iterable[i
     nesting, data = describe_nesting(data), text_model(data)
     architecture = find_architecture(data)
     refuse_foreign_keys(data, architecture.reads)
+    if architecture.original_positions is not None:
+        data = {ORIGINAL: architecture.original_positions} | data
     model_type, vocab_size = str(data["model_type"]), integer(data, "vocab_size")
     num_heads, hidden_size = integer(data, "num_attention_heads"), integer(data, "hidden_size")
     stated_positions = integer(data, "max_position_embeddings", architecture.max_positions)
@@ -78,7 +81,7 @@ def parse_config(data: Json, generation: Json | None = None, end_ids: Iterable[i
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=integer(data, "intermediate_size"),
-        num_layers=integer(data, "num_hidden_layers"),
+        num_layers=integer(data, "num_hidden_layers", maximum=MAX_PARTS),
         num_heads=num_heads,
         num_kv_heads=_kv_heads(data, architecture, num_heads),
         head_dim=_head_dim(data, architecture, hidden_size, num_heads),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from models.families.sliding import slide
-from models.files.json_values import Json, ModelError, flag, integer, short
+from models.files.json_values import MAX_PARTS, Json, ModelError, flag, integer, short
 from models.model_config import ExpertsConfig, ModelConfig, WeightNames
 
 COUNTS = frozenset({"num_experts", "num_local_experts"})
@@ -64,7 +64,7 @@ def olmoe(data: Json, config: ModelConfig) -> ModelConfig:
 def count_experts(data: Json, count: int, per_token: int) -> tuple[int, int]:
     """Parse the number of experts, and of those that compute a token. count, per_token: those of an absent key. Raises
     ModelError."""
-    stated = {integer(data, key) for key in COUNTS if data.get(key) is not None}
+    stated = {integer(data, key, maximum=MAX_PARTS) for key in COUNTS if data.get(key) is not None}
     if len(stated) > 1:
         raise ModelError(f"{' and '.join(sorted(COUNTS))} contradict each other")
     count = next(iter(stated), count)

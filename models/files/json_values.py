@@ -13,6 +13,8 @@ Json = dict[str, Any]
 _LFS_POINTER = "version https://git-lfs"
 """First bytes of the file that git leaves in place of a large one that was not downloaded."""
 _LARGEST = 2**31 - 1
+MAX_PARTS = 10**4
+"""Largest number of layers, or of experts of a layer: some work is done for each before any weight is read."""
 _WIDTH = 80
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxlong = _REPR.maxother = _WIDTH
@@ -62,8 +64,10 @@ def read_json(path: Path) -> Json:
     """Read the object in a JSON file. Raises ModelError: unreadable, not JSON, not an object."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        if path.is_file() and is_lfs_pointer(path):
+    except OSError as error:
+        raise ModelError(f"{path}: {error}") from error
+    except (ValueError, RecursionError) as error:
+        if is_lfs_pointer(path):
             raise ModelError(describe_lfs_pointer(path, "JSON")) from None
         raise ModelError(f"{path}: {error}") from error
     if not isinstance(data, dict):
@@ -76,12 +80,12 @@ def read_json_if_any(path: Path) -> Json:
     return read_json(path) if path.is_file() else {}
 
 
-def integer(data: Json, key: str, default: int | None = None, *, minimum: int = 1) -> int:
-    """Parse an integer of at most 2^31 - 1; `default` replaces an absent or null key."""
+def integer(data: Json, key: str, default: int | None = None, *, minimum: int = 1, maximum: int = _LARGEST) -> int:
+    """Parse an integer of at most `maximum`; `default` replaces an absent or null key."""
     value = data.get(key)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= _LARGEST:
-        raise ModelError(f"{key} {short(value)} is not an integer from {minimum} to {_LARGEST}")
+    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+        raise ModelError(f"{key} {short(value)} is not an integer from {minimum} to {maximum}")
     return value
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from models.files.json_values import Json, ModelError, short, token_ids
@@ -13,10 +13,35 @@ from models.files.json_values import Json, ModelError, short, token_ids
 @dataclass(frozen=True, slots=True)
 class Wrapper:
     """A model whose text model is served alone. name: of its class in transformers. text: model type of a text_config
-    that does not say it."""
+    that does not say it. defaults: what transformers gives to absent keys, where that is not the model type's own."""
 
     name: str
     text: str
+    defaults: Json = field(default_factory=dict)
+
+
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+def _sizes(*sizes: int) -> Json:
+    return dict(zip(_SIZES, sizes, strict=True))
+
+
+_QWEN2_VL = _sizes(152064, 8192, 29568, 80, 64) | {
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 80,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+}
+_QWEN3_VL = _sizes(151936, 4096, 22016, 32, 32) | {"max_position_embeddings": 128000, "rope_theta": 5e5}
+_VOXTRAL = _sizes(131072, 3072, 8192, 30, 32) | {
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e8,
+}
 
 
 WRAPPERS: Mapping[str, Wrapper] = {
@@ -26,22 +51,22 @@ WRAPPERS: Mapping[str, Wrapper] = {
     "llava": Wrapper("LlavaForConditionalGeneration", "llama"),
     "llava_next": Wrapper("LlavaNextForConditionalGeneration", "llama"),
     "mistral3": Wrapper("Mistral3ForConditionalGeneration", "mistral"),
-    "qwen2_vl": Wrapper("Qwen2VLForConditionalGeneration", "qwen2_vl_text"),
-    "qwen2_5_vl": Wrapper("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl_text"),
-    "qwen3_vl": Wrapper("Qwen3VLForConditionalGeneration", "qwen3_vl_text"),
+    "qwen2_vl": Wrapper("Qwen2VLForConditionalGeneration", "qwen2_vl_text", _QWEN2_VL),
+    "qwen2_5_vl": Wrapper("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl_text", _QWEN2_VL),
+    "qwen3_vl": Wrapper("Qwen3VLForConditionalGeneration", "qwen3_vl_text", _QWEN3_VL),
     "smolvlm": Wrapper("SmolVLMForConditionalGeneration", "llama"),
-    "voxtral": Wrapper("VoxtralForConditionalGeneration", "llama"),
+    "voxtral": Wrapper("VoxtralForConditionalGeneration", "llama", _VOXTRAL),
 }
 """By the model type of config.json."""
 
 _SAME_TEXT = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 """Text models that compute text as another one does: their rotary embeddings turn by three positions per token (mrope),
 which are the same in text."""
-_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _DEFAULT_SIZES = {
-    "gemma3_text": (262208, 2304, 9216, 26, 8),
-    "llama": (32000, 4096, 11008, 32, 32),
-    "mistral": (32000, 4096, 14336, 32, 32),
+    "gemma3_text": _sizes(262208, 2304, 9216, 26, 8),
+    "llama": _sizes(32000, 4096, 11008, 32, 32),
+    "mistral": _sizes(32000, 4096, 14336, 32, 32),
+    "qwen2": _sizes(151936, 4096, 22016, 32, 32),
 }
 """Sizes that transformers gives to absent keys, which files leave out of text_config only."""
 _OF_THE_WHOLE = ("tie_word_embeddings", "bos_token_id", "quantization_config", "compression_config")
@@ -71,9 +96,9 @@ def text_model(data: Json) -> Json:
         raise ModelError(f"text_config {short(nested)} is not an object")
     model_type = text.get("model_type") or wrapper.text
     text["model_type"] = _SAME_TEXT.get(model_type, model_type) if isinstance(model_type, str) else model_type
-    defaults = _DEFAULT_SIZES.get(text["model_type"]) if isinstance(text["model_type"], str) else None
-    if nested is not None and defaults is not None:
-        text = dict(zip(_SIZES, defaults, strict=True)) | text
+    text = wrapper.defaults | text
+    if nested is not None and isinstance(text["model_type"], str):
+        text = _DEFAULT_SIZES.get(text["model_type"], {}) | text
     text |= {key: data[key] for key in _OF_THE_WHOLE if data.get(key) is not None}
     if ends := {*token_ids(text, "eos_token_id"), *token_ids(data, "eos_token_id")}:
         text["eos_token_id"] = sorted(ends)

@@ -17,7 +17,10 @@ _OTHER_NAMES = {"su": "longrope", "mrope": "default"}
 """Other names of kinds: that of the first Phi-3 files; and positions of images, which in text are those of tokens."""
 LAYER_TYPES = FULL, SLIDING = "full_attention", "sliding_attention"
 """Types of layers, as layer_types names them."""
-_ORIGINAL = "original_max_position_embeddings"
+ORIGINAL = "original_max_position_embeddings"
+_MIN_TURNS, _MAX_TURNS = 1e-9, 1e9
+"""Bounds of the turns over the original positions by which YaRN tells pairs apart; the logarithm of the number of
+positions per turn is finite between them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +128,9 @@ def _parse_yarn(key: str, data: Json, rope: Json, max_positions: int, plain: Rop
         raise ModelError(f"{key}: yarn with rope_theta {plain.theta:g} is not supported; it has to be more than 1")
     fast = number(rope, "beta_fast", 32.0) if rope.get("beta_fast") else 32.0
     slow = number(rope, "beta_slow", 1.0) if rope.get("beta_slow") else 1.0
+    for name, turns in (("beta_fast", fast), ("beta_slow", slow)):
+        if not _MIN_TURNS <= turns <= _MAX_TURNS:
+            raise ModelError(f"{key}: {name} {turns:g} is not a number from {_MIN_TURNS:g} to {_MAX_TURNS:g}")
     if fast < slow:
         raise ModelError(f"{key}: beta_fast ({fast:g}) must not be below beta_slow ({slow:g})")
     return replace(
@@ -147,7 +153,7 @@ def _parse_longrope(key: str, data: Json, rope: Json, max_positions: int, plain:
     original = _original(data, rope, max_positions)
     factor = number(rope, "factor", max_positions / original)
     if original < 2:
-        raise ModelError(f"{key}: {_ORIGINAL} {original} is too small for longrope")
+        raise ModelError(f"{key}: {ORIGINAL} {original} is too small for longrope")
     for name in ("short_mscale", "long_mscale"):
         if rope.get(name) is not None:
             raise ModelError(f"{key}: {name} {short(rope[name])} is not supported")
@@ -174,8 +180,8 @@ def _numbers(key: str, rope: Json, name: str) -> tuple[float, ...]:
 def _original(data: Json, rope: Json, default: int) -> int:
     """Parse the positions before scaling. They are among the parameters or, as in Phi-3, beside them, which counts
     more."""
-    found = data if data.get(_ORIGINAL) is not None else rope
-    return integer(found, _ORIGINAL, default)
+    found = data if data.get(ORIGINAL) is not None else rope
+    return integer(found, ORIGINAL, default)
 
 
 def served_positions(data: Json, max_positions: int) -> tuple[int, list[str]]:
@@ -190,8 +196,8 @@ def served_positions(data: Json, max_positions: int) -> tuple[int, list[str]]:
     _, rope = _scaling(data)
     kind, warnings = _kind(rope), []
     if kind == "linear":
-        max_positions = _multiplied(integer(rope, _ORIGINAL, max_positions), rope)
-    states_original = data.get(_ORIGINAL) is not None or rope.get(_ORIGINAL) is not None
+        max_positions = _multiplied(integer(rope, ORIGINAL, max_positions), rope)
+    states_original = data.get(ORIGINAL) is not None or rope.get(ORIGINAL) is not None
     if kind == "yarn" and states_original and rope.get("factor") is not None:
         max_positions = _multiplied(_original(data, rope, max_positions), rope)
     if kind == "longrope" and (original := _original(data, rope, max_positions)) < max_positions:

@@ -90,6 +90,8 @@ def test_keys_of_other_models(key: str, neutral: Any, other: Any) -> None:
         (llama(rope_theta="big"), "rope_theta 'big'"),
         (without(LLAMA, "vocab_size"), "vocab_size None"),
         (llama(num_hidden_layers=0), "num_hidden_layers 0"),
+        (llama(num_hidden_layers=2 * 10**9), "num_hidden_layers 2000000000 is not an integer from 1 to 10000"),
+        (llama(model_type="mixtral", architectures=None, num_local_experts=10**9), "num_local_experts 1000000000"),
         (llama(hidden_size=4096.5), "hidden_size 4096.5"),
         (llama(num_attention_heads=True), "num_attention_heads True"),
         (llama(num_key_value_heads=5), "num_key_value_heads"),
@@ -149,6 +151,18 @@ def test_huge_values(key: str, nested: bool, value: Any) -> None:
 def test_nesting_too_deep(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"a":' * 10**5)
     with pytest.raises(ModelError, match=r"config\.json: maximum recursion depth"):
+        read_config(tmp_path)
+
+
+def test_an_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text("{}")
+
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(ModelError, match=r"config\.json: .*Permission denied"):
         read_config(tmp_path)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from models.config import ModelError, RopeConfig, parse_config
 from models.files.rope_config import has_own_rope, parse_rope
@@ -95,6 +96,8 @@ def test_parameters_by_layer_type() -> None:
         ({**YARN, "factor": 0}, "factor 0"),
         ({**YARN, "original_max_position_embeddings": "x"}, "original_max_position_embeddings 'x'"),
         ({**YARN, "beta_fast": 1.0, "beta_slow": 2.0}, "beta_fast"),
+        ({**YARN, "beta_slow": 1e-310}, "beta_slow 1e-310 is not a number from 1e-09 to 1e\\+09"),
+        ({**YARN, "beta_fast": 1e308}, "beta_fast 1e\\+308"),
         ({**YARN, "rope_theta": 1.0}, "rope_theta 1"),
         ({**YARN, "truncate": "no"}, "truncate 'no'"),
         ({**LONGROPE, "long_factor": None}, "long_factor None"),
@@ -137,6 +140,26 @@ def test_longest_request(changes: dict[str, Any], longest: int, warning: str | N
 def test_longrope_of_no_more_positions_needs_no_warning() -> None:
     rope = {**LONGROPE, **{name: [1.0] * 64 for name in FACTORS}}
     assert parse_config(llama(max_position_embeddings=512, rope_scaling=rope)).warnings == ()
+
+
+def test_longrope_of_phi3_without_original_positions() -> None:
+    """The default of the architecture counts more than a number among the parameters, as in transformers."""
+    data = {"model_type": "phi3", "vocab_size": 99, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    data |= {"num_attention_heads": 16, "max_position_embeddings": 131072, "pad_token_id": 0}
+    for rope in (without(LONGROPE, "original_max_position_embeddings"), LONGROPE):
+        theirs = transformers.Phi3Config(**data, rope_scaling=dict(rope)).rope_parameters[
+            "original_max_position_embeddings"
+        ]
+        ours = parse_config(data | {"rope_scaling": rope}).rope
+        assert (ours.original_max_positions, ours.factor) == (theirs, 131072 / theirs) == (4096, 32.0)
+    stated = parse_config(data | {"rope_scaling": LONGROPE, "original_max_position_embeddings": 8192})
+    assert stated.rope.original_max_positions == 8192
+
+
+@pytest.mark.parametrize("betas", [{"beta_fast": 1e9, "beta_slow": 1e-9}, {"beta_slow": 1e-9}, {"beta_fast": 1e9}])
+def test_yarn_at_the_bounds_is_finite(betas: dict[str, float]) -> None:
+    rope = parse_rope({"rope_scaling": {**YARN, **betas}, "rope_theta": 1.0000001}, 2048)
+    make_rotary(rope, 16, 64, dtype=torch.float32, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -27,6 +28,13 @@ from parallel.matrix_layer import Placement, WeightChoice
 from parallel.module import MatrixSlot
 from tests.support.architecture_variants import VARIANTS, write_variant
 from tests.support.rig import CPU, PagedRows, compiled, run_ranks
+
+
+def test_mixtral_turns_by_its_own_theta() -> None:
+    default = transformers.MixtralConfig()
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    ours = parse_config({"model_type": "mixtral", **{key: getattr(default, key) for key in keys}})
+    assert ours.rope.theta == default.rope_parameters["rope_theta"] == 1e6
 
 
 def block(config: ModelConfig, experts: ExpertsConfig, group: Group, ops: Ops, weights: WeightChoice) -> Any:

@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from models.config import ModelError, parse_config, read_config
+from models.config import ModelError, RopeConfig, parse_config, read_config
 from models.conversion.convert import convert
 from models.files.nested_text import WRAPPERS, text_model
 from models.loader import load_model
@@ -179,6 +179,26 @@ def test_absent_keys_have_the_defaults_of_transformers() -> None:
         sizes = (default.vocab_size, default.hidden_size, default.intermediate_size, default.num_hidden_layers)
         assert (ours.vocab_size, ours.hidden_size, ours.intermediate_size, ours.num_layers) == sizes
         assert ours.num_heads == default.num_attention_heads
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "voxtral", "internvl"])
+@pytest.mark.parametrize("keys", [{}, {"num_key_value_heads": None, "rope_parameters": {"rope_type": "default"}}])
+def test_absent_keys_have_the_defaults_of_the_wrapper(model_type: str, keys: dict[str, Any]) -> None:
+    theirs: Any = transformers.AutoConfig.for_model(model_type, text_config=dict(keys)).text_config
+    ours = parse_config({"model_type": model_type, "text_config": keys})
+    assert (ours.vocab_size, ours.hidden_size) == (theirs.vocab_size, theirs.hidden_size)
+    assert (ours.intermediate_size, ours.num_layers) == (theirs.intermediate_size, theirs.num_hidden_layers)
+    assert (ours.num_heads, ours.num_kv_heads) == (theirs.num_attention_heads, theirs.num_key_value_heads)
+    default_dim = theirs.hidden_size // theirs.num_attention_heads
+    assert ours.head_dim == getattr(theirs, "head_dim", default_dim)
+    assert ours.rope == RopeConfig(theta=theirs.rope_parameters["rope_theta"])
+    assert (ours.rms_norm_eps, ours.max_model_len) == (theirs.rms_norm_eps, theirs.max_position_embeddings)
+
+
+def test_layers_of_qwen_that_slide() -> None:
+    keys = {"use_sliding_window": True, "sliding_window": 64, "num_hidden_layers": 82}
+    assert parse_config({"model_type": "qwen2_vl", "text_config": keys}).sliding_layers == (80, 81)
+    assert parse_config({"model_type": "qwen2_vl", **keys}).sliding_layers == (80, 81)
 
 
 def test_what_the_whole_model_says_counts() -> None:
