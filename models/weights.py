@@ -184,11 +184,13 @@ def is_zero(tensor: torch.Tensor) -> bool:
 
 
 def _have_equal_values(first: tuple[Path, str], second: tuple[Path, str]) -> bool | None:
-    """Compare two stored matrices, a block of rows at a time, in a precision that holds both. Returns None if they have
-    different shapes, or types that cannot be loaded."""
+    """Compare two stored matrices, a block of rows at a time, in a precision that holds both. Returns None if they are
+    no matrices, have different shapes, or types that cannot be loaded."""
     with opened(first[0]) as one, opened(second[0]) as other:
         a, b = one.get_slice(first[1]), other.get_slice(second[1])
-        if a.get_shape() != b.get_shape() or not {a.get_dtype(), b.get_dtype()} <= set(FLOATS):
+        if len(a.get_shape()) != 2 or a.get_shape() != b.get_shape():
+            return None
+        if not {a.get_dtype(), b.get_dtype()} <= set(FLOATS):
             return None
         for start in range(0, a.get_shape()[0], _BLOCK):
             x, y = a[start : start + _BLOCK], b[start : start + _BLOCK]

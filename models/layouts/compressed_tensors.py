@@ -203,7 +203,7 @@ def _names(settings: Json, key: str) -> list[str]:
     for name in filter(_is_pattern, names):
         try:
             re.compile(name.removeprefix("re:"))
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ModelError(f"{key}: {short(name)} is not a regular expression: {error}") from None
     return names
 

@@ -117,7 +117,7 @@ class GptqLayout(ModuleLayout):
         for key, changes in dynamic.items():
             try:
                 pattern = re.compile(key.removeprefix("-:").removeprefix("+:"))
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise ModelError(f"dynamic: {short(key)} is not a regular expression: {error}") from None
             if key.startswith("-:"):
                 found.append((pattern, None))

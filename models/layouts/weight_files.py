@@ -7,11 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from models.files.json_values import ModelError
 from models.layouts.stacked_experts import StackedPart
 from models.weights import FLOATS, StoredTensors, opened
+
+
+_PACKED = ("F4", "F6")
+"""Beginnings of the types whose elements are less than a byte, which safetensors cuts and shapes as if they were."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +46,16 @@ class StoredTensor:
         return dtype
 
     def read(self, *index: slice) -> Tensor:
-        """Read a part, or, without an index, all of it."""
-        if self.part is not None:
-            return self.part.read(self.handle, *index)
-        part: Tensor = self.handle[index] if index else self.handle[:] if self.shape else self.handle[...]
-        return part
+        """Read a part, or, without an index, all of it. Raises ModelError for a type that is not read."""
+        if self.dtype.startswith(_PACKED):
+            raise ModelError(f"{self.where} has unsupported type {self.dtype}")
+        try:
+            if self.part is not None:
+                return self.part.read(self.handle, *index)
+            part: Tensor = self.handle[index] if index else self.handle[:] if self.shape else self.handle[...]
+            return part
+        except SafetensorError as error:
+            raise ModelError(f"{self.where} cannot be read: {error}") from error
 
     def check(self, shape: tuple[int, ...], dtypes: tuple[str, ...] = FLOATS) -> None:
         """Raise ModelError unless the tensor has this shape and one of these types."""

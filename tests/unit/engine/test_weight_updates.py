@@ -350,3 +350,18 @@ def test_an_engine_that_cannot_wake_sleeps_on(
     slept.wake_up()
     assert rows(slept) == expected
     slept.close()
+
+
+def test_a_check_refuses_whatever_fails(
+    engine: Starter, fresh: Callable[[int], dict[str, Row]], folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = engine(0)
+
+    def fail(*_: object) -> None:
+        raise KeyError("model")
+
+    monkeypatch.setattr("engine.worker.worker_owner.check_model", fail)
+    with pytest.raises(WeightsRefused, match="KeyError: 'model'"):
+        running.update_weights(str(folders / "1"))
+    assert running.stats().state is EngineState.RUNNING
+    assert rows(running) == fresh(0)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,18 @@ def test_wrong_tensors(change: Callable[[dict[str, Tensor]], None], message: str
     change(tensors)
     write(tmp_path, tensors)
     with pytest.raises(ModelError, match=message):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(("dtype", "shape"), [("F4", [16]), ("F6_E2M3", [16]), ("I8", [1]), ("F32", [])])
+def test_an_unexpected_bias_of_any_type(dtype: str, shape: list[int], tmp_path: Path) -> None:
+    write(tmp_path, weights())
+    file, bits = tmp_path / "extra.safetensors", {"F4": 4, "F6_E2M3": 6, "I8": 8, "F32": 32}[dtype]
+    name, size = "model.layers.0.self_attn.q_proj.bias", math.prod(shape) * bits // 8
+    header = json.dumps({name: {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + b"\x3f" * size)
+    (tmp_path / "model.safetensors").rename(tmp_path / "others.safetensors")
+    with pytest.raises(ModelError, match=f"tensor {name}"):
         load(tmp_path)
 
 

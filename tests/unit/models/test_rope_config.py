@@ -144,15 +144,14 @@ def test_longrope_of_no_more_positions_needs_no_warning() -> None:
 
 def test_longrope_of_phi3_without_original_positions() -> None:
     """The default of the architecture counts more than a number among the parameters, as in transformers."""
-    data = {"model_type": "phi3", "vocab_size": 99, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
-    data |= {"num_attention_heads": 16, "max_position_embeddings": 131072, "pad_token_id": 0}
-    for rope in (without(LONGROPE, "original_max_position_embeddings"), LONGROPE):
-        theirs = transformers.Phi3Config(**data, rope_scaling=dict(rope)).rope_parameters[
-            "original_max_position_embeddings"
-        ]
+    data: dict[str, Any] = {"model_type": "phi3", "vocab_size": 99, "hidden_size": 64, "intermediate_size": 64}
+    data |= {"num_attention_heads": 16, "num_hidden_layers": 2, "max_position_embeddings": 131072, "pad_token_id": 0}
+    key = "original_max_position_embeddings"
+    for rope in (without(LONGROPE, key), LONGROPE):
+        theirs: Any = transformers.Phi3Config(**data, rope_scaling=dict(rope)).rope_parameters
         ours = parse_config(data | {"rope_scaling": rope}).rope
-        assert (ours.original_max_positions, ours.factor) == (theirs, 131072 / theirs) == (4096, 32.0)
-    stated = parse_config(data | {"rope_scaling": LONGROPE, "original_max_position_embeddings": 8192})
+        assert (ours.original_max_positions, ours.factor) == (theirs[key], 131072 / theirs[key]) == (4096, 32.0)
+    stated = parse_config(data | {"rope_scaling": LONGROPE, key: 8192})
     assert stated.rope.original_max_positions == 8192
 
 

@@ -122,6 +122,13 @@ def test_a_head_that_cannot_be_used_is_only_an_error(
     assert not caplog.records
 
 
+def test_an_embedding_that_is_a_number(tmp_path: Path) -> None:
+    number = torch.tensor(1.0)
+    write(tmp_path, TIED | {EMBEDDING: number, HEAD: number.clone()}, tie_word_embeddings=True)
+    with pytest.raises(ModelError, match=r"unexpected tensor lm_head|has shape \[\]"):
+        load(tmp_path)
+
+
 def test_names_without_the_prefix(tmp_path: Path) -> None:
     src = tmp_path / "src"
     src.mkdir()

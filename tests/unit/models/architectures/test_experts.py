@@ -31,7 +31,7 @@ from tests.support.rig import CPU, PagedRows, compiled, run_ranks
 
 
 def test_mixtral_turns_by_its_own_theta() -> None:
-    default = transformers.MixtralConfig()
+    default: Any = transformers.MixtralConfig()
     keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     ours = parse_config({"model_type": "mixtral", **{key: getattr(default, key) for key in keys}})
     assert ours.rope.theta == default.rope_parameters["rope_theta"] == 1e6

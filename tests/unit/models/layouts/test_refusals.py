@@ -28,6 +28,7 @@ def compressed(form: object = "pack-quantized", weights: object = INT4, **others
     return {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}, **others}
 
 
+DEEP = "(" * 10**4 + ")" * 10**4
 SERVED = "awq, compressed-tensors, fbgemm_fp8, fp8, gptq, mxfp4, magicdec"
 IN_GROUP = "config_groups: 'group_0': "
 
@@ -50,6 +51,8 @@ IN_GROUP = "config_groups: 'group_0': "
         (GPTQ | {"desc_act": "group"}, "desc_act 'group' is neither true nor false"),
         (GPTQ | {"pack_dtype": "int16"}, "pack_dtype 'int16' is not served; int32 is"),
         (GPTQ | {"dynamic": {"+:(": {}}}, "dynamic: '+:(' is not a regular expression: "),
+        (GPTQ | {"dynamic": {"a{99999999999}": {}}}, "dynamic: 'a{99999999999}' is not a regular expression: "),
+        (GPTQ | {"dynamic": {DEEP: {}}}, "dynamic: '(((("),
         (GPTQ | {"dynamic": {"+:a": {"bits": 3}}}, "bits 3 is not served; 4 and 8 are"),
         (AWQ | {"version": "gemv"}, "version 'gemv' is not served; gemm is"),
         (AWQ | {"bits": 3}, "bits 3 is not served; 4 is"),
@@ -86,6 +89,8 @@ IN_GROUP = "config_groups: 'group_0': "
             f"{IN_GROUP}weights: actorder 'group' is not served in format int-quantized",
         ),
         (compressed(ignore=["re:("]), "ignore: 're:(' is not a regular expression: "),
+        (compressed(ignore=["re:a{99999999999}"]), "ignore: 're:a{99999999999}' is not a regular expression: "),
+        (compressed(ignore=["re:" + DEEP]), "ignore: 're:(((("),
         (compressed(ignore="lm_head"), "ignore 'lm_head' is not a list of strings"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
