@@ -18,7 +18,7 @@ from models.conversion.gguf_blocks import BLOCK_TYPES, read_blocks
 from models.conversion.gguf_file import GGUFArchitecture, GGUFFile
 from models.conversion.gguf_gemma3 import GEMMA3
 from models.conversion.gguf_llama import LLAMA
-from models.files.json_values import Json, ModelError, describe_lfs_pointer, is_lfs_pointer
+from models.files.json_values import Json, ModelError, describe_lfs_pointer, is_lfs_pointer, short
 from models.weights import EMBEDDING, HEAD
 
 ARCHITECTURES: Mapping[str, GGUFArchitecture] = {"llama": LLAMA, "gemma3": GEMMA3}
@@ -50,24 +50,26 @@ def open_gguf(src: Path) -> Checkpoint:
         return _open(GGUFFile(src))
     except ModelError as error:
         raise ModelError(f"{src}: {error}") from error
+    except Exception as error:  # values of other types than they should have, and whatever libraries raise for them
+        raise ModelError(f"{src}: not a readable GGUF file: {short(error)}") from error
 
 
 def _open(file: GGUFFile) -> Checkpoint:
     kind = file.field("general.architecture")
-    if (architecture := ARCHITECTURES.get(kind)) is None:
-        raise ModelError(f"architecture {kind!r} is not supported in GGUF; these are: {', '.join(ARCHITECTURES)}")
+    if not isinstance(kind, str) or (architecture := ARCHITECTURES.get(kind)) is None:
+        raise ModelError(f"architecture {short(kind)} is not supported in GGUF; these are: {', '.join(ARCHITECTURES)}")
     model = architecture.read(file)
     tokenizer, tokens = model.tokenizer, file.needed("tokenizer.ggml.tokens")
-    bos = file.field("tokenizer.ggml.bos_token_id")
+    bos, end = (file.checked_token(name, len(tokens)) for name in ("bos", "eos"))
     adds_bos = file.field("tokenizer.ggml.add_bos_token")
     if adds_bos is not None and (tokenizer.encode("a").ids[0] == bos) != adds_bos:
         raise ModelError("its tokenizer's beginning-of-sequence token could not be carried over")
-    ends = [file.field(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
+    ends = [end, file.token("eot", len(tokens))]
     ends += [tokenizer.token_to_id(name) for name in architecture.end_tokens]
     eos = list(dict.fromkeys(token for token in ends if token is not None))
     if not eos:
         raise ModelError("names no end-of-sequence token")
-    pad, unknown = (file.field(f"tokenizer.ggml.{name}_token_id") for name in ("padding", "unknown"))
+    pad, unknown = (file.token(name, len(tokens)) for name in ("padding", "unknown"))
     special = {"bos_token_id": bos, "eos_token_id": eos if len(eos) > 1 else eos[0], "pad_token_id": pad}
     named = {"bos_token": bos, "eos_token": eos[0], "unk_token": unknown, "pad_token": pad}
     config = {**model.config, **special}

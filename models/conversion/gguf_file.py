@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from models.files.json_values import Json, ModelError
+from models.files.json_values import Json, ModelError, short
 
 
 class GGUFFile:
@@ -23,8 +23,8 @@ class GGUFFile:
         self.path = path
         try:
             self._reader = gguf.GGUFReader(path)
-        except (ValueError, IndexError, OSError) as error:
-            raise ModelError(f"not a readable GGUF file: {error}") from error
+        except Exception as error:  # the library checks little of what it reads
+            raise ModelError(f"not a readable GGUF file: {error!r}") from error
         self.tensors: list[Any] = list(self._reader.tensors)
 
     def field(self, name: str) -> Any:
@@ -36,6 +36,18 @@ class GGUFFile:
         if (value := self.field(name)) is None:
             raise ModelError(f"has no key {name}")
         return value
+
+    def token(self, name: str, count: int) -> int | None:
+        """Return the id of a special token among `count` tokens; None if there is none, or not among them. name: eos
+        and the like."""
+        id = self.field(f"tokenizer.ggml.{name}_token_id")
+        return id if isinstance(id, int) and 0 <= id < count else None
+
+    def checked_token(self, name: str, count: int) -> int | None:
+        """Return the same. Raises ModelError for an id that is not among the tokens."""
+        if (id := self.token(name, count)) is None and self.field(key := f"tokenizer.ggml.{name}_token_id") is not None:
+            raise ModelError(f"{key} {short(self.field(key))} is none of its {count} tokens")
+        return id
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,9 +81,12 @@ def _tokenizer(file: GGUFFile) -> Tokenizer:
     if value("add_space_prefix") is not False:
         raise ModelError("a tokenizer that begins texts with a space is not supported for Gemma 3")
     needed = ("tokens", "scores", "token_type", "unknown_token_id")
-    pieces, scores, kinds, unknown = (file.needed(f"tokenizer.ggml.{name}") for name in needed)
-    first = None if value("add_bos_token") is False else file.needed("tokenizer.ggml.bos_token_id")
-    return make_tokenizer(pieces, scores, kinds, unknown=unknown, first=first)
+    pieces, scores, kinds, _ = (file.needed(f"tokenizer.ggml.{name}") for name in needed)
+    first = None
+    if value("add_bos_token") is not False:
+        file.needed("tokenizer.ggml.bos_token_id")
+        first = file.checked_token("bos", len(pieces))
+    return make_tokenizer(pieces, scores, kinds, unknown=file.token("unknown", len(pieces)), first=first)
 
 
 GEMMA3 = GGUFArchitecture(

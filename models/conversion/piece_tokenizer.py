@@ -25,13 +25,13 @@ class PieceKind(IntEnum):
 
 
 def make_tokenizer(
-    pieces: Sequence[str], scores: Sequence[float], kinds: Sequence[int], *, unknown: int, first: int | None
+    pieces: Sequence[str], scores: Sequence[float], kinds: Sequence[int], *, unknown: int | None, first: int | None
 ) -> Tokenizer:
     """Make the tokenizer whose token i is pieces[i].
 
     scores: of two pieces that a text could be merged into next, the one with the higher score is. kinds: a PieceKind
-    each. unknown: the token for what has no piece, not even one per byte. first: a token that texts begin with; None:
-    none. A space in a user-defined piece is one in the text, as GGUF has it. Raises ModelError.
+    each. unknown: the token for what has no piece, not even one per byte; None: that is left out. first: a token that
+    texts begin with; None: none. A space in a user-defined piece is one in the text, as GGUF has it. Raises ModelError.
 
     User-defined pieces are cut out of a text before it is merged, the longest first, as SentencePiece does it; so they
     are added tokens that are matched in the normalized text, and no merges make or take them.
@@ -50,7 +50,7 @@ def make_tokenizer(
         models.BPE(
             vocab=vocab,
             merges=merges_of(vocab, scores, kinds),
-            unk_token=names[unknown],
+            unk_token=None if unknown is None else names[unknown],
             fuse_unk=True,
             byte_fallback=PieceKind.BYTE in kinds,
         )

@@ -14,9 +14,8 @@ from models.files.json_values import ModelError
 from models.layouts.stacked_experts import StackedPart
 from models.weights import FLOATS, StoredTensors, opened
 
-
-_PACKED = ("F4", "F6")
-"""Beginnings of the types whose elements are less than a byte, which safetensors cuts and shapes as if they were."""
+_PACKED = ("F4", "F6_")
+"""Beginnings of the types whose elements are less than a byte, which safetensors cuts and shapes as whole ones."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,7 +148,7 @@ def test_longrope_of_phi3_without_original_positions() -> None:
     data |= {"num_attention_heads": 16, "num_hidden_layers": 2, "max_position_embeddings": 131072, "pad_token_id": 0}
     key = "original_max_position_embeddings"
     for rope in (without(LONGROPE, key), LONGROPE):
-        theirs: Any = transformers.Phi3Config(**data, rope_scaling=dict(rope)).rope_parameters
+        theirs: Any = transformers.Phi3Config(**data | {"rope_scaling": dict(rope)}).rope_parameters
         ours = parse_config(data | {"rope_scaling": rope}).rope
         assert (ours.original_max_positions, ours.factor) == (theirs[key], 131072 / theirs[key]) == (4096, 32.0)
     stated = parse_config(data | {"rope_scaling": LONGROPE, key: 8192})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,10 @@ def test_what_is_no_tokenizer() -> None:
         ({"tokenizer__ggml__model": "gpt2"}, "tokenizer is of kind 'gpt2'"),
         ({"tokenizer__ggml__add_space_prefix": True}, "begins texts with a space"),
         ({"tokenizer__ggml__add_eos_token": True}, "add_eos_token is not supported"),
+        ({"tokenizer__ggml__bos_token_id": 2**32 - 1}, "bos_token_id 4294967295 is none of its 3"),
+        ({"tokenizer__ggml__eos_token_id": len(PIECES)}, "eos_token_id"),
+        ({"gemma3__block_count": "seven"}, r"ValueError\("),
+        ({"general__architecture": 7}, "architecture 7 is not supported"),
         ({"left_out": ["gemma3.attention.sliding_window"]}, r"has no key gemma3\.attention\.sliding_window"),
         ({"left_out": ["tokenizer.ggml.tokens"]}, r"has no key tokenizer\.ggml\.tokens"),
         ({"left_out": ["tokenizer.ggml.unknown_token_id"]}, r"has no key tokenizer\.ggml\.unknown_token_id"),
@@ -231,6 +236,38 @@ def test_what_cannot_be_carried_over_is_refused(tmp_path: Path, extra: dict[str,
     src = write_gemma3_gguf(tmp_path / "model.gguf", CONFIG, {}, **extra)
     with pytest.raises(ModelError, match=rf"model\.gguf: .*{match}"):
         open_gguf(src)
+
+
+def test_unknown_and_padding_beyond_the_vocabulary_are_left_out(tmp_path: Path) -> None:
+    none = {f"tokenizer__ggml__{name}_token_id": 2**32 - 1 for name in ("unknown", "padding", "eot")}
+    texts = open_gguf(write_gemma3_gguf(tmp_path / "model.gguf", CONFIG, {}, **none)).texts
+    assert not {"unk_token", "pad_token"} & json.loads(texts["tokenizer_config.json"]).keys()
+    assert "pad_token_id" not in json.loads(texts["generation_config.json"])
+    assert Tokenizer.from_str(texts["tokenizer.json"]).encode("in the").tokens == ["<bos>", "in", "▁the"]
+
+
+def _file(key: bytes, kind: int, value: bytes, times: int = 1) -> bytes:
+    entry = len(key).to_bytes(8, "little") + key + kind.to_bytes(4, "little") + value
+    return b"GGUF" + struct.pack("<IQQ", 3, 0, times) + entry * times
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        _file(b"general.name", 4, b"\0" * 4, times=2),
+        _file(b"a", 9, struct.pack("<IQ", 9, 1) * 3000 + struct.pack("<IQ", 4, 0)),
+        _file(b"\xff\xfe", 4, b"\0" * 4),
+        _file(b"general.architecture", 8, struct.pack("<Q", 2) + b"\xff\xfe"),
+        _file(b"a", 99, b"\0" * 4),
+    ],
+    ids=["twice", "nested", "key", "text", "type"],
+)
+def test_broken_metadata(tmp_path: Path, content: bytes) -> None:
+    src = tmp_path / "model.gguf"
+    src.write_bytes(content)
+    with pytest.raises(ModelError, match=r"model\.gguf: ") as error:
+        open_gguf(src)
+    assert len(str(error.value)) < 400
 
 
 @torch.no_grad()
