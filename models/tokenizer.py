@@ -11,7 +11,7 @@ from typing import Any
 
 import tokenizers
 
-from models.files.chat_template_files import read_chat_template
+from models.files.chat_template_files import DEFAULT, WITH_TOOLS, read_chat_templates
 from models.files.json_values import ModelError, describe_no_directory, read_text
 from models.files.special_tokens import read_special_names, read_special_tokens
 from models.marked_text import MarkedEncoder, MarkedText
@@ -35,7 +35,7 @@ class Tokenizer:
 
     special_tokens: text of each special token, by name (bos_token and the like), as its files name them.
     bos_token, eos_token: those two, None if the model has none; likewise their ids.
-    chat_template: jinja2 source, None if the model has none.
+    chat_template: jinja2 source, None if the model has none. tool_template: of chats with tools; None: the same.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -58,9 +58,10 @@ class Tokenizer:
         self._bytes_of = _byte_alphabet() if is_byte_level else None
         try:
             self.special_tokens = read_special_tokens(directory, self._has_token)
-            self.chat_template = read_chat_template(directory)
+            templates = read_chat_templates(directory)
         except ModelError as error:
             raise TokenizerError(str(error)) from None
+        self.chat_template, self.tool_template = map(templates.get, (DEFAULT, WITH_TOOLS))
         self.bos_token, self.eos_token = map(self.special_tokens.get, ("bos_token", "eos_token"))
         named = {*self.special_tokens.values(), *read_special_names(directory)}
         # Those that any file calls special, by id.

@@ -61,7 +61,7 @@ class Service:
         self.tokenizer = tokenizer
         self.template = ChatTemplate(tokenizer, config.server.special_tokens_in_content)
         formats = config.server.thinking, config.server.tool_format
-        self.thinking, self.tool_format = choose_formats(*formats, tokenizer.chat_template)
+        self.thinking, self.tool_format = choose_formats(*formats, self.template.sources)
         self.marks_of_calls = tokenizer.ids_of(self.tool_format.markers)
         names = {tokenizer.id_of(name): name for name in self.thinking.marks}
         self.marks_of_thinking = {id: name for id, name in names.items() if id is not None}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError, nodes
+from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.meta import find_undeclared_variables
 from jinja2.parser import Parser
@@ -79,40 +79,55 @@ class Rendered:
         return tokenizer.encode_guarded(self.text, self.marked, self.is_faithful, add_special_tokens)
 
 
-class ChatTemplate:
-    """The model's own template. A broken one is logged and disables only chat.
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    """A template, the variables that it reads, and the marker of client text for it."""
 
-    available: whether there is a working template.
+    template: Template
+    variables: frozenset[str]
+    marker: NameMarker
+
+
+class ChatTemplate:
+    """The model's own template, or two: one for chats with tools. A broken one is logged and disables only its chats.
+
+    available: whether there is a working template. sources: text of all.
     """
 
     def __init__(self, tokenizer: Tokenizer, special_tokens_in_content: bool = False) -> None:
         """special_tokens_in_content: whether messages may contain special tokens by name."""
         extensions = ["jinja2.ext.loopcontrols", _Generation]
-        environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+        self._environment = environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         self._threads = ThreadPoolExecutor(2, "chat-template")
         self._missing = "this model has no chat template"
-        self._template = None
-        self._source = tokenizer.chat_template or ""
-        self._variables: frozenset[str] = frozenset()
-        self._marker = NameMarker((), ())
-        if tokenizer.chat_template is not None:
-            try:
-                self._template = environment.compiled(tokenizer.chat_template)
-                self._variables = frozenset(find_undeclared_variables(environment.parse(tokenizer.chat_template)))
-                if not special_tokens_in_content:
-                    literals = _literals(environment.parse(tokenizer.chat_template))
-                    self._marker = NameMarker(tokenizer.special_names, literals, tokenizer.normalize)
-            except Exception as error:  # Python's own compiler can raise too
-                self._missing = "this model's chat template is broken"
-                logger.warning("%s, so chat is refused: %s", self._missing, error)
+        marked = None if special_tokens_in_content else tokenizer
+        self._plain = self._with_tools = self._compile(tokenizer.chat_template, marked)
+        if tokenizer.tool_template is not None:
+            self._with_tools = self._compile(tokenizer.tool_template, marked)
+        self.sources = "\n".join(filter(None, (tokenizer.chat_template, tokenizer.tool_template)))
         self._special = {"bos_token": "", "eos_token": "", **tokenizer.special_tokens}
+
+    def _compile(self, source: str | None, marked: Tokenizer | None) -> _Compiled | None:
+        """marked: the tokenizer whose special tokens' names are marked in client text; None: none are."""
+        if source is None:
+            return None
+        try:
+            template, tree = self._environment.compiled(source), self._environment.parse(source)
+            marker = NameMarker((), ())
+            if marked is not None:
+                marker = NameMarker(marked.special_names, _literals(tree), marked.normalize)
+            return _Compiled(template, frozenset(find_undeclared_variables(tree)), marker)
+        except Exception as error:  # Python's own compiler can raise too
+            self._missing = "this model's chat template is broken"
+            logger.warning("%s, so chat is refused: %s", self._missing, error)
+            return None
 
     @property
     def available(self) -> bool:
-        return self._template is not None
+        return self._plain is not None
 
     async def render_async(self, conversation: ChatPrompt) -> Rendered:
         """Run `render` in threads of its own: a slow template delays only chats."""
@@ -120,41 +135,42 @@ class ChatTemplate:
 
     def render(self, conversation: ChatPrompt) -> Rendered:
         """Render a conversation. May take seconds. Raises ApiError."""
-        if self._template is None:
+        compiled = self._plain if conversation.tools is None else self._with_tools
+        if compiled is None:
             raise ApiError(self._missing, code="not_served", param="messages")
         variables = conversation.variables()
-        fixed = {"messages", "tools", "add_generation_prompt", *self._special, *self._template.environment.globals}
+        fixed = {"messages", "tools", "add_generation_prompt", *self._special, *self._environment.globals}
         if taken := sorted(fixed & conversation.options.keys()):
             reason = f"chat_template_kwargs: {printable(taken[0], 64)} cannot be set"
             raise ApiError(reason, param="chat_template_kwargs")
-        text = self._render(conversation, variables)
+        text, marker = self._render(compiled, conversation, variables), compiled.marker
         rendered, refusal = Rendered(text), None
-        for version, marks in self._marker.mark(variables):
+        for version, marks in marker.mark(variables):
             try:
-                marked = MarkedText(self._render(conversation, version), marks)
+                marked = MarkedText(self._render(compiled, conversation, version), marks)
             except ApiError as error:
                 refusal = error
                 continue
             if marked.plain == text:
                 return Rendered(text, marked)
-            rendered = Rendered(text, marked, False, self._marker.has_names(variables))
+            rendered = Rendered(text, marked, False, marker.has_names(variables))
         if refusal is not None and rendered.marked is None:
             raise refusal
         return rendered
 
     def mentions(self, text: str) -> bool:
-        """Whether the template's source contains `text`."""
-        return text in self._source
+        """Whether a template's source contains `text`."""
+        return text in self.sources
 
     def knows(self, variable: str) -> bool:
-        """Whether the template reads this variable."""
-        return variable in self._variables
+        """Whether a template reads this variable."""
+        found = (self._plain, self._with_tools)
+        return any(variable in compiled.variables for compiled in found if compiled is not None)
 
-    def _render(self, conversation: ChatPrompt, variables: dict[str, Any]) -> str:
-        assert self._template is not None
+    def _render(self, compiled: _Compiled, conversation: ChatPrompt, variables: dict[str, Any]) -> str:
         try:
             chars = sum(map(len, texts_of(variables)))
-            text = render(self._template, self._special | variables, chars)
+            text = render(compiled.template, self._special | variables, chars)
         except Exception as error:  # a template is a program, and may fail in any way
             raise ApiError(f"messages: the model's chat template refuses them: {error}", param="messages") from None
         if not conversation.continues:

@@ -163,6 +163,7 @@ def test_what_the_directory_says(tokenizer: Tokenizer, llama2: Tokenizer) -> Non
         ({"chat_template": [{"name": "tool", "template": "T"}]}, None),
         ({"chat_template": {"default": "D", "tool_use": "T"}}, "D"),
         ({"chat_template": {"tool_use": "T"}}, None),
+        ({"chat_template": [{"name": ["x"], "template": "X"}, {"name": "default", "template": "D"}, 3]}, "D"),
         ({"chat_template": None}, None),
     ],
 )
@@ -184,6 +185,7 @@ def test_named_templates(tmp_path: Path, config: dict[str, object], template: st
     assert Tokenizer(tmp_path).chat_template == "A default" == transformers_template(tmp_path)
     (tmp_path / "additional_chat_templates" / "default.jinja").unlink()
     assert Tokenizer(tmp_path).chat_template == "J" == transformers_template(tmp_path)
+    assert Tokenizer(tmp_path).tool_template == "A tool_use"
 
 
 def transformers_template(directory: Path) -> str | None:

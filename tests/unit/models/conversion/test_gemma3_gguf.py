@@ -239,7 +239,7 @@ def test_what_cannot_be_carried_over_is_refused(tmp_path: Path, extra: dict[str,
 
 
 def test_unknown_and_padding_beyond_the_vocabulary_are_left_out(tmp_path: Path) -> None:
-    none = {f"tokenizer__ggml__{name}_token_id": 2**32 - 1 for name in ("unknown", "padding", "eot")}
+    none: dict[str, Any] = {f"tokenizer__ggml__{name}_token_id": 2**32 - 1 for name in ("unknown", "padding", "eot")}
     texts = open_gguf(write_gemma3_gguf(tmp_path / "model.gguf", CONFIG, {}, **none)).texts
     assert not {"unk_token", "pad_token"} & json.loads(texts["tokenizer_config.json"]).keys()
     assert "pad_token_id" not in json.loads(texts["generation_config.json"])

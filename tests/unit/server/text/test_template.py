@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from models.tokenizer import Tokenizer
+from server.errors import ApiError
 from server.text import sandbox
+from server.text.answer_formats import choose_formats
 from server.text.template import ChatPrompt, ChatTemplate
 from tests.support.app import server
 from tests.support.tiny import write_tokenizer
@@ -113,3 +115,33 @@ def test_tokens_of_the_models_own_reach_the_template(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     text = ChatTemplate(Tokenizer(tmp_path)).render(ChatPrompt([{"role": "user", "content": "hi"}])).text
     assert text == "<image>hi<audio>"
+
+
+def test_chats_with_tools_have_a_template_of_their_own(tmp_path: Path) -> None:
+    plain = "{{ messages[0].content }}"
+    with_tools = (
+        "{% for tool in tools %}<tool_call>{{ tool.name }}</tool_call>{% endfor %}{% if enable_thinking %}{% endif %}"
+    )
+    templates = [{"name": "tool_use", "template": with_tools}, {"name": "default", "template": plain}]
+    write_tokenizer(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"chat_template": templates}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    template = ChatTemplate(Tokenizer(tmp_path))
+    messages = [{"role": "user", "content": "hi"}]
+    assert template.render(ChatPrompt(messages)).text == "hi"
+    assert template.render(ChatPrompt(messages, [{"name": "f"}])).text == "<tool_call>f</tool_call>"
+    assert template.knows("enable_thinking")
+    assert template.mentions("<tool_call>")
+    assert choose_formats("auto", "auto", template.sources)[1].name == "hermes"
+
+
+def test_a_broken_template_of_tools_costs_these_only(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["chat_template"] = {"default": "{{ messages[0].content }}", "tool_use": "{% for %}"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    template, messages = ChatTemplate(Tokenizer(tmp_path)), [{"role": "user", "content": "hi"}]
+    assert template.available
+    assert template.render(ChatPrompt(messages)).text == "hi"
+    with pytest.raises(ApiError, match="chat template is broken"):
+        template.render(ChatPrompt(messages, [{"name": "f"}]))
