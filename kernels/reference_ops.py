@@ -92,6 +92,7 @@ class Int8Linear(QuantizedLinear):
 
 def reference_linear(matrix: Matrix, bias: Tensor | None, gated: Gate | None, wide: bool) -> ReferenceLinear:
     """Prepare a matrix of any format; see Ops.linear."""
+    matrix = matrix.owned()
     if isinstance(matrix, DenseMatrix):
         return ReferenceLinear(matrix.weight, bias, gated, wide)
     assert isinstance(matrix, QuantizedMatrix)

@@ -19,6 +19,7 @@ from models.config import ModelConfig, ModelError, read_config
 from models.decoder import DecoderModel
 from models.files.json_values import short
 from models.files.special_tokens import token_numbers
+from models.files.tokenizer_source import read_tokenizer_source
 from models.layouts.layout import Layout, find_layout
 from models.layouts.stacked_experts import stacks_of
 from models.layouts.weight_files import WeightFiles
@@ -180,17 +181,27 @@ def _part_bytes(slot: MatrixSlot, dtype: torch.dtype) -> int:
 
 
 def _check_tokenizer(path: Path, vocab_size: int) -> list[str]:
-    """Return a warning if the tokenizer has ids that the model does not embed. Raises ModelError if it is broken."""
+    """Return warnings of tokens that the tokenizer cannot have, and of ids that the model does not embed. Raises
+    ModelError if it is broken."""
     file = path / "tokenizer.json"
     if not file.is_file():
         return []
     try:
-        largest = max(token_numbers(file).values(), default=-1)
-        if largest < vocab_size:
-            return []
+        numbers, source = token_numbers(file), read_tokenizer_source(path)
+        largest = max([*numbers.values(), *source.added], default=-1)
+        is_embedded = largest < vocab_size
     except TypeError as error:
         raise ModelError(f"{file}: not a tokenizer: {error!r}") from error
+    warnings = []
+    if source.left_out:
+        warnings.append(
+            f"tokenizer_config.json lists the added token {short(source.left_out[0])}, which tokenizer.json does not "
+            f"have, with an id that does not follow those of the others: it is plain text"
+        )
+    if is_embedded:
+        return warnings
     return [
+        *warnings,
         f"tokenizer.json has token ids up to {short(largest)}, but the model embeds {vocab_size} (vocab_size in "
-        f"config.json); prompts with token ids from {vocab_size} on are refused"
+        f"config.json); prompts with token ids from {vocab_size} on are refused",
     ]

@@ -12,8 +12,9 @@ from typing import Any
 import tokenizers
 
 from models.files.chat_template_files import DEFAULT, WITH_TOOLS, read_chat_templates
-from models.files.json_values import ModelError, describe_no_directory, read_text
+from models.files.json_values import ModelError, describe_no_directory
 from models.files.special_tokens import read_special_names, read_special_tokens
+from models.files.tokenizer_source import read_tokenizer_source
 from models.marked_text import MarkedEncoder, MarkedText
 
 REPLACEMENT = "\ufffd"
@@ -294,6 +295,6 @@ def _read(directory: Path) -> str:
     if not path.is_file():
         raise TokenizerError(f"{directory}: no tokenizer.json")
     try:
-        return read_text(path, "a tokenizer")
+        return read_tokenizer_source(directory).text
     except ModelError as error:
         raise TokenizerError(str(error)) from None

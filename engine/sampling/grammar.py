@@ -17,6 +17,8 @@ from engine.batch.row_failures import RowError
 from engine.batch.row_state import RowState
 from engine.plan import RowStart
 from engine.sampling.grammar_limits import LIMITS, MAX_FORCED_BYTES, describe_grammar_error
+from models.files.json_values import ModelError
+from models.files.tokenizer_source import read_tokenizer_source
 
 Words = npt.NDArray[np.int32]
 
@@ -46,7 +48,8 @@ class Grammars:
     """
 
     def __init__(self, state: RowState, tokenizer: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
-        """tokenizer: the model's tokenizer.json. It is read now, since not every kind can be matched."""
+        """tokenizer: the model's tokenizer.json, with its other files beside it. It is read now, since not every kind
+        can be matched."""
         self._failures = state.failures
         self._vocab_size = vocab_size
         self._rows: dict[int, _Row] = {}
@@ -143,10 +146,14 @@ def _read_tokenizer(file: Path, vocab_size: int, eos_token_ids: Sequence[int]) -
         return None, "the model's tokenizer.json was not found"
     if not eos_token_ids:
         return None, "the model has no end-of-sequence token, with which the output would end"
+    try:
+        source = read_tokenizer_source(file.parent).text
+    except ModelError as error:
+        return None, f"the model's tokenizer cannot be read: {error}"
     reason = ""
     for size in (vocab_size, None):  # None: the tokenizer's own, where it has more tokens than the model
         try:
-            return LLTokenizer(str(file), n_vocab=size, eos_token=list(eos_token_ids)), None
+            return LLTokenizer(source, n_vocab=size, eos_token=list(eos_token_ids)), None
         except Exception as error:  # the library raises several types
             reason = describe_grammar_error(str(error))
     return None, f"the model's tokenizer is of a kind that cannot be matched: {reason}"

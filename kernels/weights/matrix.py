@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -43,6 +43,13 @@ class Matrix(Protocol):
     def to(self, device: torch.device) -> Matrix:
         """Return the matrix on a device."""
 
+    def owned(self) -> Matrix:
+        """Return the matrix in memory that torch allocated. Other memory may be that of a file, and changes with it."""
+
+
+def _owned(tensor: Tensor) -> Tensor:
+    return tensor if tensor.untyped_storage().resizable() else tensor.clone()
+
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether a floating-point tensor holds neither NaN nor infinite values."""
@@ -75,6 +82,9 @@ class DenseMatrix:
 
     def to(self, device: torch.device) -> DenseMatrix:
         return DenseMatrix(self.weight.to(device))
+
+    def owned(self) -> DenseMatrix:
+        return DenseMatrix(_owned(self.weight))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,9 +149,14 @@ class QuantizedMatrix:
         return is_finite(self.scales * largest) and (self.mins is None or is_finite(self.mins))
 
     def to(self, device: torch.device) -> QuantizedMatrix:
+        return self._changed(lambda tensor: tensor.to(device))
+
+    def owned(self) -> QuantizedMatrix:
+        return self._changed(_owned)
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> QuantizedMatrix:
         tensors = {name: getattr(self, name) for name in ("codes", "scales", "mins", "groups")}
-        moved = {name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None}
-        return replace(self, **moved)
+        return replace(self, **{name: change(tensor) for name, tensor in tensors.items() if tensor is not None})
 
 
 def narrowed(numbers: Tensor) -> Tensor:

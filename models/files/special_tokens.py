@@ -62,11 +62,16 @@ def token_numbers(file: Path) -> dict[str, int]:
     """Return the id of each token in a tokenizer.json, added tokens included. Raises ModelError."""
     data = read_json(file)
     try:
-        vocab = data["model"]["vocab"]
-        numbers = {entry[0]: number for number, entry in enumerate(vocab)} if isinstance(vocab, list) else dict(vocab)
-        return numbers | {token.get("content"): token["id"] for token in data.get("added_tokens") or ()}
+        return numbers_of(data)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise ModelError(f"{file}: not a tokenizer: {short(error)}") from error
+
+
+def numbers_of(data: Json) -> dict[str, int]:
+    """Return the same of the content of a tokenizer.json. What is none raises any of several errors."""
+    vocab = data["model"]["vocab"]
+    numbers = {entry[0]: number for number, entry in enumerate(vocab)} if isinstance(vocab, list) else dict(vocab)
+    return numbers | {token.get("content"): token["id"] for token in data.get("added_tokens") or ()}
 
 
 def _read(directory: Path) -> tuple[Json, Json]:

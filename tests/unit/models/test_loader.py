@@ -195,6 +195,16 @@ def test_tied_head(tmp_path: Path) -> None:
     assert_holds(load(tmp_path), tensors)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_file_that_is_overwritten_changes_no_weights(dtype: torch.dtype, tmp_path: Path) -> None:
+    tensors = {name: tensor.to(dtype) for name, tensor in weights().items()}
+    write(tmp_path, tensors)
+    model, file = load(tmp_path, dtype=dtype), tmp_path / "model.safetensors"
+    with file.open("r+b") as opened:
+        opened.write(bytes(file.stat().st_size))
+    assert_holds(model, tensors)
+
+
 @pytest.mark.parametrize("damage", ["header", "truncated", "empty"])
 def test_damaged_file(damage: str, tmp_path: Path) -> None:
     write(tmp_path, weights())
@@ -226,6 +236,18 @@ def test_a_tokenizer_that_does_not_fit_is_a_warning(
     assert len(warned) == (tokens > CONFIG["vocab_size"])
     assert all(f"tokenizer.json has token ids up to {tokens - 1}, but the model embeds 29" in each for each in warned)
     assert all(each.endswith("prompts with token ids from 29 on are refused") for each in warned)
+
+
+def test_added_tokens_of_the_tokenizer_config(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path, weights())
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {str(id): id for id in range(28)}}}))
+    for ids, warnings in (((28,), []), ((28, 29), ["token ids up to 29"]), ((27,), ["the added token '<27>'"])):
+        added = {str(id): {"content": f"<{id}>"} for id in ids}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+        caplog.clear()
+        load(tmp_path)
+        assert len(caplog.records) == len(warnings)
+        assert all(warning in caplog.text for warning in warnings)
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", '{"model": {"vocab": 3}}', '{"model": {"vocab": {"a": "b"}}}'])

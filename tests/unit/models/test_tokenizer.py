@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models
 
+from models.files.tokenizer_source import read_tokenizer_source
 from models.tokenizer import IncrementalDecoder, Tokenizer, TokenizerError
 from tests.support.profiles import examples
 from tests.support.tiny import SPECIAL, TEMPLATE, write_tokenizer
@@ -227,3 +228,29 @@ def test_broken_files_are_named(tmp_path: Path, file: str, content: bytes | None
         (tmp_path / file).write_bytes(content)
     with pytest.raises(TokenizerError, match=file):
         Tokenizer(tmp_path)
+
+
+LISTED = {
+    "320": {"content": "<x>", "special": True},
+    "321": {"content": "<y>", "special": False, "normalized": False, "lstrip": True},
+    "65": {"content": "a", "special": False},  # of the vocabulary, though not with this id
+    "400": {"content": "<z>"},
+    "x": {"content": "<w>"},
+}
+
+
+def test_tokens_that_only_tokenizer_config_lists(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"added_tokens_decoder": LISTED}))
+    source = read_tokenizer_source(tmp_path)
+    assert (source.added, source.left_out) == ((320, 321), ("a", "<z>"))
+    tokenizer = Tokenizer(tmp_path)
+    listed = {id: LISTED[id] for id in ("320", "321")}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"added_tokens_decoder": listed}))
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    for text in ("a<x>b <y>", "the quick<y><x>", "<z>a"):
+        assert tokenizer.encode(text) == theirs.encode(text)
+    assert tokenizer.decode([67, 320, 321]) == theirs.decode([67, 320, 321], skip_special_tokens=True)
+    assert (tokenizer.vocab_size, tokenizer.id_of("<x>"), tokenizer.id_of("<z>")) == (322, 320, None)
+    assert "<x>" in tokenizer.special_names

@@ -29,7 +29,7 @@ from tests.support.engines import TINY, complete, run, tiny_engine, tiny_model, 
 from tests.support.profiles import is_all, only_in_all
 from tests.support.ranks import threaded_engine
 from tests.support.schemas import random_schema
-from tests.support.tiny import TOKENS
+from tests.support.tiny import TOKENS, write_tokenizer
 
 SHAPE = replace(TINY, vocab_size=TOKENS, eos_token_ids=(2,))
 SEEDS = range(40 if is_all() else 14)
@@ -136,6 +136,17 @@ def grammars(tokenizer_dir: Path, grammar: str, output: list[int] | None = None)
     made = Grammars(state, tokenizer_dir / "tokenizer.json", TOKENS, [2])
     made.start(RowStart(1, [7, 8, *(output or [])], 2, SamplingParams(grammar=grammar), []))
     return made
+
+
+def test_a_token_that_only_tokenizer_config_lists(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    config = {"added_tokens_decoder": {str(TOKENS): {"content": "<x>", "special": True}}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    state = RowState(max_rows=4, max_model_len=16, page_size=4, device=torch.device("cpu"))
+    made = Grammars(state, tmp_path / "tokenizer.json", TOKENS + 1, [2])
+    made.start(RowStart(1, [7, 8], 2, SamplingParams(grammar='start: "a" <x>? "b"'), []))
+    a, b = (Tokenizer(tmp_path).encode(text)[0] for text in "ab")
+    assert allowed(made.masks(1, [a, TOKENS, b])) == [{a}, {b, TOKENS}, {b}, {2}]
 
 
 def test_masks_behind_drafts(tokenizer_dir: Path) -> None:

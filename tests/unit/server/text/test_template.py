@@ -119,9 +119,7 @@ def test_tokens_of_the_models_own_reach_the_template(tmp_path: Path) -> None:
 
 def test_chats_with_tools_have_a_template_of_their_own(tmp_path: Path) -> None:
     plain = "{{ messages[0].content }}"
-    with_tools = (
-        "{% for tool in tools %}<tool_call>{{ tool.name }}</tool_call>{% endfor %}{% if enable_thinking %}{% endif %}"
-    )
+    with_tools = """{% for tool in tools %}<tool_call>{"arguments": {{ tool.name }}{% endfor %}{{ enable_thinking }}"""
     templates = [{"name": "tool_use", "template": with_tools}, {"name": "default", "template": plain}]
     write_tokenizer(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"chat_template": templates}
@@ -129,7 +127,7 @@ def test_chats_with_tools_have_a_template_of_their_own(tmp_path: Path) -> None:
     template = ChatTemplate(Tokenizer(tmp_path))
     messages = [{"role": "user", "content": "hi"}]
     assert template.render(ChatPrompt(messages)).text == "hi"
-    assert template.render(ChatPrompt(messages, [{"name": "f"}])).text == "<tool_call>f</tool_call>"
+    assert template.render(ChatPrompt(messages, [{"name": "f"}])).text == '<tool_call>{"arguments": f'
     assert template.knows("enable_thinking")
     assert template.mentions("<tool_call>")
     assert choose_formats("auto", "auto", template.sources)[1].name == "hermes"
