@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -156,7 +156,8 @@ class QuantizedMatrix:
 
     def _changed(self, change: Callable[[Tensor], Tensor]) -> QuantizedMatrix:
         tensors = {name: getattr(self, name) for name in ("codes", "scales", "mins", "groups")}
-        return replace(self, **{name: change(tensor) for name, tensor in tensors.items() if tensor is not None})
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in tensors.items() if tensor is not None}
+        return replace(self, **changed)
 
 
 def narrowed(numbers: Tensor) -> Tensor:
