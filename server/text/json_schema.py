@@ -35,13 +35,11 @@ _NAMED_SCHEMAS = frozenset(("$defs", "definitions", "dependentSchemas", "pattern
 """Keywords whose value is an object of schemas."""
 _COMBINING = frozenset(("allOf", "dependentSchemas", "if", "not", "unevaluatedProperties"))
 """Keywords with which several schemas describe one object."""
-_OF_OTHER_PROPERTIES = frozenset(
-    {
-        *("additionalProperties", "patternProperties", "propertyNames", "minProperties"),
-        *("$ref", "$dynamicRef", "anyOf", "oneOf"),  # which say more of the same object
-    }
-)
-"""Keywords beside `properties` that say something of an object's other properties, or may do so."""
+_ELSEWHERE = frozenset(("$dynamicRef", "$ref", "anyOf", "oneOf"))
+"""Keywords that describe the same object elsewhere, so that other keywords of objects beside them combine with that."""
+_OF_OTHER_PROPERTIES = frozenset(("additionalProperties", "patternProperties", "propertyNames", "minProperties"))
+"""Keywords beside `properties` that say something of an object's other properties."""
+_OF_OBJECTS = _ELSEWHERE | _OF_OTHER_PROPERTIES | {"properties", "required"}
 _LITERALS = frozenset(("const", "enum", "required"))
 """Keywords whose value, or whose list of values, the output contains as it is."""
 _MAX_REPEAT = 2**31 - 1
@@ -116,9 +114,9 @@ def close_objects(schema: Any) -> None:
         node = work.pop()
         if not isinstance(node, dict):
             continue
-        if node.keys() & _COMBINING:
+        if node.keys() & _COMBINING or (node.keys() & _ELSEWHERE and len(node.keys() & _OF_OBJECTS) > 1):
             return
-        if "properties" in node and not node.keys() & _OF_OTHER_PROPERTIES:
+        if "properties" in node and not node.keys() & _OF_OTHER_PROPERTIES and not _requires_others(node):
             objects.append(node)
         for key, value in node.items():
             if key in _SCHEMA:
@@ -129,6 +127,12 @@ def close_objects(schema: Any) -> None:
                 work += value.values()
     for node in objects:
         node["additionalProperties"] = False
+
+
+def _requires_others(node: dict[str, Any]) -> bool:
+    """Whether an object has to have properties that it does not list."""
+    required, listed = node.get("required"), node["properties"]
+    return isinstance(required, list) and isinstance(listed, dict) and any(name not in listed for name in required)
 
 
 def _drop_empty_constraints(node: dict[str, Any]) -> None:

@@ -289,6 +289,41 @@ def test_parameters_that_are_refused(parameters: dict[str, Any], reason: str) ->
     assert refusal(Function("f", parameters), tokens={"<|x|>": 3}) == f"tools: function f: {reason}"
 
 
+@pytest.mark.parametrize(
+    ("schema", "matching", "other"),
+    [
+        (
+            {
+                "properties": {"kind": {"type": "string"}},
+                "required": ["kind"],
+                "anyOf": [
+                    {"properties": {"x": {"type": "integer"}}, "required": ["x"]},
+                    {"properties": {"y": {"type": "integer"}}, "required": ["y"]},
+                ],
+            },
+            '{"kind": "a", "x": 1}',
+            '{"kind": "a", "x": "1"}',
+        ),
+        (
+            {
+                "$ref": "#/$defs/B",
+                "properties": {"y": {"type": "integer"}},
+                "required": ["y"],
+                "$defs": {"B": {"type": "object", "properties": {"x": {"type": "integer"}}}},
+            },
+            '{"x": 1, "y": 2}',
+            '{"x": 1}',
+        ),
+    ],
+)
+def test_objects_that_are_described_in_parts(
+    schema: dict[str, Any], matching: str, other: str, models: list[Model]
+) -> None:
+    function = Function("f", {"type": "object", **schema})
+    answers = [f'<tool_call>\n{{"name": "f", "arguments": {each}}}\n</tool_call>' for each in (matching, other)]
+    assert models[0].matches(ToolUse([function], [function], "required"), "hermes", *answers) == [True, False]
+
+
 def test_keywords_that_are_not_served() -> None:
     schema = {"properties": {"a": {"type": "array", "uniqueItems": True}}}
     message = "tools: not served in a JSON schema: uniqueItems (at f: #/properties/a)"
