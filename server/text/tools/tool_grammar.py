@@ -169,7 +169,7 @@ class _Writer:
     def value(self, function: Function, schema: Any) -> str:
         if isinstance(schema, Mapping) and '"$ref"' in json.dumps(schema):
             root = function.parameters
-            schema = {**{key: root[key] for key in ("$defs", "definitions") if key in root}, **schema}
+            schema = {**schema, **{key: root[key] for key in ("$defs", "definitions") if key in root}}
         return self._schema(function, schema, is_whole=False)
 
     def rule(self, expression: str) -> str:
