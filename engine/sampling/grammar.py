@@ -23,6 +23,8 @@ from models.files.tokenizer_source import read_tokenizer_source
 Words = npt.NDArray[np.int32]
 
 _WORK = "the grammar"
+_TOKEN_MARK = b"\xff"
+"""Before a token that a grammar demands as such."""
 
 
 class GrammarError(RowError):
@@ -90,7 +92,7 @@ class Grammars:
         with self._failures.guard(row, _WORK):
             mine = self._rows[row]
             matcher = mine.matcher if mine.rolls_back else mine.matcher.deep_copy()
-            failed_at, mine.error = _fill(words, matcher, drafted, first)
+            failed_at, mine.error = self._fill(words, matcher, drafted, first)
             if mine.error is not None:
                 if first + failed_at == 0:
                     raise GrammarError(mine.error)
@@ -134,6 +136,44 @@ class Grammars:
         copy.rollback(copy.try_consume_tokens([int(allowed.argmax())]))
         return not copy.is_error()
 
+    def _fill(self, words: Words, matcher: LLMatcher, drafted: Sequence[int], first: int) -> tuple[int, str | None]:
+        """Fill in the masks of Grammars.masks, and restore the matcher. If the grammar fails, returns where and why;
+        the matcher is in any state then, and the masks from there on are empty."""
+        consumed = matcher.try_consume_tokens(list(drafted[:first]))
+        matching = consumed == first
+        for i, at in enumerate(words):
+            if i and matching:
+                matching = matcher.try_consume_tokens([drafted[first + i - 1]]) == 1
+                consumed += matching
+            if matcher.is_error():
+                return i, _error(matcher)
+            if i and not matching:
+                at[:] = words[i - 1]
+                continue
+            forced = matcher.compute_ff_bytes()
+            if len(forced) > MAX_FORCED_BYTES:
+                return i, f"it forces a text of more than {MAX_FORCED_BYTES} bytes"
+            matcher.unsafe_compute_mask_ptr(at.ctypes.data, at.nbytes)
+            if matcher.is_error():
+                at.fill(0)
+                return i, _error(matcher)
+            if forced and (name := self._special_name(at, forced)):
+                at.fill(0)
+                return i, f"it forces the name of a special token, {name}"
+        if consumed:
+            matcher.rollback(consumed)
+        return len(words), None
+
+    def _special_name(self, allowed: Words, forced: bytes) -> str:
+        """Return the name of the special token that alone is allowed where a text is forced; empty if there is none.
+        The compiler cuts what is forced into tokens, and takes such a name for the token, which is no text."""
+        (found,) = allowed.nonzero()
+        bits = int(allowed[found[0]]) & 0xFFFFFFFF if len(found) == 1 else 0
+        if self._tokenizer is None or bits.bit_count() != 1 or forced.startswith(_TOKEN_MARK):
+            return ""
+        token = int(found[0]) * 32 + bits.bit_length() - 1
+        return self._tokenizer.decode_str([token]) if self._tokenizer.is_special_token(token) else ""
+
     def _no_words(self, count: int) -> Words:
         # A tokenizer may have more tokens than the model.
         size = self._vocab_size if self._tokenizer is None else self._tokenizer.vocab_size
@@ -165,31 +205,6 @@ def _advance(matcher: LLMatcher, tokens: Sequence[int]) -> None:
     _check(matcher)
     if consumed < len(tokens) and not matcher.is_stopped():
         raise GrammarError("it does not match a token of the output")
-
-
-def _fill(words: Words, matcher: LLMatcher, drafted: Sequence[int], first: int) -> tuple[int, str | None]:
-    """Fill in the masks of Grammars.masks, and restore the matcher. If the grammar fails, returns where and why; the
-    matcher is in any state then, and the masks from there on are empty."""
-    consumed = matcher.try_consume_tokens(list(drafted[:first]))
-    matching = consumed == first
-    for i, at in enumerate(words):
-        if i and matching:
-            matching = matcher.try_consume_tokens([drafted[first + i - 1]]) == 1
-            consumed += matching
-        if matcher.is_error():
-            return i, _error(matcher)
-        if i and not matching:
-            at[:] = words[i - 1]
-            continue
-        if len(matcher.compute_ff_bytes()) > MAX_FORCED_BYTES:
-            return i, f"it forces a text of more than {MAX_FORCED_BYTES} bytes"
-        matcher.unsafe_compute_mask_ptr(at.ctypes.data, at.nbytes)
-        if matcher.is_error():
-            at.fill(0)
-            return i, _error(matcher)
-    if consumed:
-        matcher.rollback(consumed)
-    return len(words), None
 
 
 def _check(matcher: LLMatcher) -> None:

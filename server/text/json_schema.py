@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 FORMATS = frozenset(
@@ -20,7 +20,10 @@ FORMATS = frozenset(
 )
 """Formats of strings that the compiler enforces. Any other is an annotation, as JSON Schema has it."""
 ANNOTATIONS = frozenset(
-    ("$comment", "default", "deprecated", "description", "examples", "readOnly", "title", "writeOnly")
+    {
+        *("$comment", "default", "deprecated", "description", "examples", "readOnly", "title", "writeOnly"),
+        "x-guidance",  # the compiler's own settings, with which it would ignore keywords that it does not serve
+    }
 )
 _SCHEMA = frozenset(
     {
@@ -35,15 +38,17 @@ _NAMED_SCHEMAS = frozenset(("$defs", "definitions", "dependentSchemas", "pattern
 """Keywords whose value is an object of schemas."""
 _COMBINING = frozenset(("allOf", "dependentSchemas", "if", "not", "unevaluatedProperties"))
 """Keywords with which several schemas describe one object."""
-_OF_OTHER_PROPERTIES = frozenset(
-    {
-        *("additionalProperties", "patternProperties", "propertyNames", "minProperties"),
-        *("$ref", "$dynamicRef", "anyOf", "oneOf"),  # which say more of the same object
-    }
-)
-"""Keywords beside `properties` that say something of an object's other properties, or may do so."""
+_ELSEWHERE = frozenset(("$dynamicRef", "$ref", "anyOf", "oneOf"))
+"""Keywords that describe the same object elsewhere, so that other keywords of objects beside them combine with that."""
+_OF_OTHER_PROPERTIES = frozenset(("additionalProperties", "patternProperties", "propertyNames", "minProperties"))
+"""Keywords beside `properties` that say something of an object's other properties."""
+_OF_OBJECTS = _ELSEWHERE | _OF_OTHER_PROPERTIES | {"properties", "required"}
 _LITERALS = frozenset(("const", "enum", "required"))
 """Keywords whose value, or whose list of values, the output contains as it is."""
+_NUMBERS = frozenset(("const", "enum", "exclusiveMaximum", "exclusiveMinimum", "maximum", "minimum", "multipleOf"))
+"""Keywords whose numbers bind the output."""
+_MAX_INT64 = 2**63 - 1
+"""Served as a maximum, though a float64 does not hold it: the compiler stops there by itself."""
 _MAX_REPEAT = 2**31 - 1
 """Largest length in a regex; the compiler takes no more than twice this."""
 
@@ -67,19 +72,23 @@ class Rewritten(NamedTuple):
     """A schema for the compiler.
 
     places: where each keyword occurs first, like #/properties/a. literals: texts that an output may have to
-    contain: values and names of properties, in JSON, and patterns without backslashes.
+    contain: values and names of properties, in JSON. patterns: regexes that parts of it may have to match.
     """
 
     schema: Any
     places: dict[str, str]
     literals: list[str]
+    patterns: list[str]
+
+
+class UnservedSchemaError(Exception):
+    """The compiler would take a schema for another one; the message says what for."""
 
 
 def rewrite(schema: Any) -> Rewritten:
-    """Rewrite a client's schema."""
+    """Rewrite a client's schema. Raises UnservedSchemaError."""
     root = copy.deepcopy(schema)
     places: dict[str, str] = {}
-    literals: list[str] = []
     work = deque([(root, "#")])
     while work:
         node, place = work.popleft()
@@ -92,20 +101,61 @@ def rewrite(schema: Any) -> Rewritten:
         for key, value in list(node.items()):
             places.setdefault(key, place)
             inner = f"{place}/{key}"
-            if key in _LITERALS:
-                literals.append(json.dumps(value, ensure_ascii=False))
-            elif key == "properties" and isinstance(value, dict):
-                literals.append(json.dumps(list(value), ensure_ascii=False))
-            elif key in ("pattern", "patternProperties") and isinstance(value, str | dict):
-                patterns = [value] if isinstance(value, str) else list(value)
-                literals += [pattern.replace("\\", "") for pattern in patterns]
             if key in _SCHEMA:
                 work.append((value, inner))
             if key in _SCHEMAS and isinstance(value, list):
                 work += [(each, f"{inner}/{i}") for i, each in enumerate(value)]
             if key in _NAMED_SCHEMAS and isinstance(value, dict):
                 work += [(each, f"{inner}/{name}") for name, each in value.items()]
-    return Rewritten(root, places, literals)
+    literals: list[str] = []
+    patterns: list[str] = []
+    for node in _objects(root):  # those too that only a reference reaches
+        for key, value in node.items():
+            if key in _LITERALS:
+                literals.append(json.dumps(value, ensure_ascii=False))
+            elif key == "properties" and isinstance(value, dict):
+                literals.append(json.dumps(list(value), ensure_ascii=False))
+            elif key == "pattern" and isinstance(value, str):
+                patterns.append(value)
+            elif key == "patternProperties" and isinstance(value, dict):
+                patterns += value
+            if key in _NUMBERS:
+                _check_numbers(key, value)
+    return Rewritten(root, places, literals, patterns)
+
+
+def _objects(value: Any) -> Iterator[dict[str, Any]]:
+    """Yield all objects in a JSON value."""
+    work = [value]
+    while work:
+        node = work.pop()
+        if isinstance(node, dict):
+            yield node
+            work += node.values()
+        elif isinstance(node, list):
+            work += node
+
+
+def _check_numbers(key: str, value: Any) -> None:
+    """Raise UnservedSchemaError if a number in a keyword's value is none that the compiler holds: a float64."""
+    work = [value]
+    while work:
+        node = work.pop()
+        if isinstance(node, int) and not _is_held(node) and (key, node) != ("maximum", _MAX_INT64):
+            raise UnservedSchemaError(f"the integer {_shortened(node)} in {key}, which a float64 does not hold")
+        if isinstance(node, list | dict):
+            work += node.values() if isinstance(node, dict) else node
+
+
+def _is_held(number: int) -> bool:
+    try:
+        return int(float(number)) == number
+    except OverflowError:
+        return False
+
+
+def _shortened(number: int) -> str:
+    return str(number) if abs(number) < 10**40 else "of more than 40 digits"
 
 
 def close_objects(schema: Any) -> None:
@@ -116,9 +166,9 @@ def close_objects(schema: Any) -> None:
         node = work.pop()
         if not isinstance(node, dict):
             continue
-        if node.keys() & _COMBINING:
+        if node.keys() & _COMBINING or (node.keys() & _ELSEWHERE and len(node.keys() & _OF_OBJECTS) > 1):
             return
-        if "properties" in node and not node.keys() & _OF_OTHER_PROPERTIES:
+        if "properties" in node and not node.keys() & _OF_OTHER_PROPERTIES and not _requires_others(node):
             objects.append(node)
         for key, value in node.items():
             if key in _SCHEMA:
@@ -129,6 +179,12 @@ def close_objects(schema: Any) -> None:
                 work += value.values()
     for node in objects:
         node["additionalProperties"] = False
+
+
+def _requires_others(node: dict[str, Any]) -> bool:
+    """Whether an object has to have properties that it does not list."""
+    required, listed = node.get("required"), node["properties"]
+    return isinstance(required, list) and isinstance(listed, dict) and any(name not in listed for name in required)
 
 
 def _drop_empty_constraints(node: dict[str, Any]) -> None:

@@ -13,21 +13,18 @@ import msgspec
 from llguidance import LLMatcher, LLTokenizer, grammar_from
 from pydantic import ConfigDict, Field
 
-from engine.sampling.grammar_limits import LIMITS, MAX_FORCED_BYTES
+from engine.sampling.grammar_limits import LIMITS, MAX_FORCED_BYTES, MAX_ITEMS
 from server.bodies.strict import Body, NotServed
 from server.errors import ApiError
 from server.limits import MAX_CHOICE_CHARS, MAX_GRAMMAR_CHARS, MAX_GRAMMAR_CHOICES
-from server.text.json_schema import exceeds, rewrite
+from server.text.json_schema import UnservedSchemaError, exceeds, rewrite
+from server.text.special_names import check_names, check_names_in_grammar
 
 WHITESPACE = r"[\x20\x0A\x09]{0,20}"
 """Whitespace allowed between the parts of JSON. Bounded: an uncertain model writes spaces and would never stop."""
 
 _BYTES = LLTokenizer("byte")
 """A token per byte, with which a grammar shows whether any text can begin."""
-
-
-_TERMINAL = re.compile(r'"(?:[^"\\\n]|\\.)*"|/(?:[^/\\\n]|\\.)+/')
-"""Strings and regexes of a grammar, as they are written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +90,7 @@ class StructuredOutputs(Body):
         if self.json_object:
             return _of_schema(param, {"type": "object"}, special_names)
         if self.regex is not None:
-            check_names(param, "the regex", [self.regex.replace("\\", "")], special_names)
+            check_names(param, "the regex", (), special_names, [self.regex])
             return Grammar(param, grammar_from("regex", _short(param, self.regex)))
         if self.choice is not None:
             if not all(self.choice) or sum(map(len, self.choice)) > MAX_CHOICE_CHARS:
@@ -105,8 +102,7 @@ class StructuredOutputs(Body):
                 raise ApiError(reason, param="bad_words")
             return Grammar(param, "start: " + " | ".join(msgspec.json.encode(each).decode() for each in left))
         assert self.grammar is not None
-        terminals = [text.replace("\\", "") for text in _TERMINAL.findall(self.grammar)]
-        check_names(param, "a string or regex of the grammar", terminals, special_names)
+        check_names_in_grammar(param, self.grammar, special_names)
         try:
             return Grammar(param, grammar_from("grammar", _short(param, self.grammar)))
         except (ValueError, RecursionError) as error:
@@ -139,11 +135,17 @@ def check_grammar(grammar: Grammar) -> None:
         if wrong:
             raise _wrong(grammar.param, _reason(said[0], grammar.places) if said else "not a grammar")
         return
-    if len(matcher.compute_ff_bytes()) > MAX_FORCED_BYTES:
+    forced = matcher.compute_ff_bytes()
+    if len(forced) > MAX_FORCED_BYTES:
         raise _wrong(grammar.param, f"the grammar forces a text of more than {MAX_FORCED_BYTES} bytes")
     matcher.compute_bitmask()
     if "NoExtension" in matcher.get_error():
         raise _wrong(grammar.param, "the grammar matches no text")
+    matcher.try_consume_tokens(list(forced))
+    matcher.compute_bitmask()
+    if "items; max is" in matcher.get_error():
+        reason = f"more than {MAX_ITEMS} rules of the grammar hold at one place, such as in an object with more than "
+        raise _wrong(grammar.param, f"{reason}{MAX_ITEMS // 4 - 5} properties that may be left out")
 
 
 def compilable(param: str, schema: Any, special_names: Collection[str]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -159,9 +161,10 @@ def compilable(param: str, schema: Any, special_names: Collection[str]) -> tuple
             raise ValueError("false matches nothing")
         if not isinstance(content, dict | bool):
             raise ValueError("expected an object")
-        rewritten, places, literals = rewrite({} if content is True else content)
-    check_names(param, "a value, pattern or property name of the JSON schema", literals, special_names)
-    return rewritten, places
+        rewritten = rewrite({} if content is True else content)
+    part = "a value, pattern or property name of the JSON schema"
+    check_names(param, part, rewritten.literals, special_names, rewritten.patterns)
+    return rewritten.schema, rewritten.places
 
 
 def _of_schema(param: str, schema: Any, special_names: Collection[str]) -> Grammar:
@@ -177,19 +180,12 @@ def _of_schema(param: str, schema: Any, special_names: Collection[str]) -> Gramm
 def _schema_errors(param: str) -> Iterator[None]:
     try:
         yield
+    except UnservedSchemaError as error:
+        raise _wrong(param, f"not served in a JSON schema: {error}") from None
     except ValueError as error:
         raise _wrong(param, f"not a JSON schema: {error}") from None
     except RecursionError:
         raise _wrong(param, "the JSON schema is nested too deeply") from None
-
-
-def check_names(param: str, part: str, texts: Collection[str], special_names: Collection[str]) -> None:
-    """Raise ApiError if one of `texts`, which the grammar prescribes, contains the name of a special token. The
-    compiler would prescribe that token itself, which is never part of a text."""
-    together = "\0".join(texts)
-    name = next((name for name in special_names if name in together), None)
-    if name is not None:
-        raise _wrong(param, f"{part} contains the name of a special token, {name}")
 
 
 def _reason(said: str, places: Mapping[str, str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from server.errors import ApiError
 from server.text.json_schema import ANNOTATIONS
 from server.text.tools.functions import Function
-from server.text.tools.parameter_values import is_text, resolve
+from server.text.tools.parameter_values import is_text, referred
 from server.text.tools.tool_format import GrammarWriter
 
 _END = "\n</parameter>"
@@ -21,13 +21,17 @@ _OF_OBJECT = frozenset(
 )
 _OF_TEXT = frozenset(("const", "enum", "format", "maxLength", "minLength", "pattern", "type"))
 """Keywords that are served. A format of plain text is an annotation."""
+_BESIDE_REFERENCE = frozenset(("$defs", "$ref", "$schema", "definitions", "type"))
+"""Keywords that a reference may have beside it: they say no more of the values, whose types are known by then."""
+_MAX_REFERENCES = 16
+"""Number of references, each to the next, that are followed."""
 
 
 def write_parameters(function: Function, write: GrammarWriter) -> str:
     """Write the expression of all parameters of a call, in the order of the schema. Raises ApiError."""
     write.check(function)  # what is written as text is not checked otherwise
     root = function.parameters
-    schema = resolve(root, root)
+    schema = _followed(function, root)
     _refuse_others(function, schema, _OF_OBJECT)
     properties, others = schema.get("properties"), schema.get("additionalProperties", True)
     required = [name for name in _list(function, schema, "required") or () if isinstance(name, str)]
@@ -54,8 +58,9 @@ def _value(function: Function, schema: Any, write: GrammarWriter) -> str:
     """Write the expression of a value and its end."""
     root = function.parameters
     if not is_text(schema, root):
+        _refuse_references(function, schema)
         return f"{write.value(function, schema)} {write.text(_END)}"
-    plain = resolve(schema, root)
+    plain = _followed(function, schema)
     _refuse_others(function, plain, _OF_TEXT)
     listed = _listed(function, plain)
     if listed is None:
@@ -63,6 +68,36 @@ def _value(function: Function, schema: Any, write: GrammarWriter) -> str:
     if any(_END.strip() in text for text in listed) or plain.keys() & {"pattern", "minLength", "maxLength"}:
         raise _not_served(function, "an enum or const with </parameter> in it, or with a pattern or length beside it")
     return "(" + " | ".join(write.text(text + _END) for text in listed) + ")"
+
+
+def _followed(function: Function, schema: Any) -> Mapping[str, Any]:
+    """Return what a schema refers to, or itself. Raises ApiError."""
+    for _ in range(_MAX_REFERENCES):
+        if not isinstance(schema, Mapping):
+            break
+        if not isinstance(schema.get("$ref"), str):
+            return schema
+        if others := sorted(schema.keys() - _BESIDE_REFERENCE - ANNOTATIONS):
+            raise _not_served(function, f"{', '.join(others)} beside $ref")
+        schema = referred(schema, function.parameters)
+    raise _not_served(function, "a $ref that leads to no schema")
+
+
+def _refuse_references(function: Function, schema: Any) -> None:
+    """Raise ApiError if a value's schema has references that are not into the definitions. They alone go with it."""
+    root = function.parameters
+    work = [schema]
+    if "$ref" in json.dumps(schema):
+        work += [root.get("$defs"), root.get("definitions")]
+    while work:
+        node = work.pop()
+        if isinstance(node, Mapping):
+            reference = node.get("$ref")
+            if isinstance(reference, str) and not reference.startswith(("#/$defs/", "#/definitions/")):
+                raise _not_served(function, f"the $ref {json.dumps(reference)}, which is not into the definitions")
+            work += node.values()
+        elif isinstance(node, list):
+            work += node
 
 
 def _text(expression: str, write: GrammarWriter) -> str:

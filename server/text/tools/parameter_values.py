@@ -28,14 +28,19 @@ def resolve(schema: Any, root: Mapping[str, Any]) -> Mapping[str, Any]:
     for _ in range(_MAX_DEPTH):
         if not isinstance(schema, Mapping):
             break
-        reference = schema.get("$ref")
-        if not isinstance(reference, str):
+        if not isinstance(schema.get("$ref"), str):
             return schema
-        schema = root
-        for part in reference.removeprefix("#").strip("/").split("/"):
-            part = part.replace("~1", "/").replace("~0", "~")
-            schema = schema.get(part) if isinstance(schema, Mapping) and part else schema
+        schema = referred(schema, root)
     return {}
+
+
+def referred(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Any:
+    """Return what the `$ref` of a schema, a text, refers to, which may be a reference itself."""
+    found: Any = root
+    for part in schema["$ref"].removeprefix("#").strip("/").split("/"):
+        part = part.replace("~1", "/").replace("~0", "~")
+        found = found.get(part) if isinstance(found, Mapping) and part else found
+    return found
 
 
 def is_text(schema: Any, root: Mapping[str, Any]) -> bool:

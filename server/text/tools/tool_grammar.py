@@ -12,7 +12,8 @@ from server.errors import ApiError
 from server.limits import MAX_TOOL_GRAMMAR_CHARS
 from server.text.compose_grammar import compose, grammars_of
 from server.text.json_schema import close_objects
-from server.text.structured import WHITESPACE, Grammar, check_grammar, check_names, compilable
+from server.text.special_names import check_names
+from server.text.structured import WHITESPACE, Grammar, check_grammar, compilable
 from server.text.tools.functions import Function, ToolUse
 from server.text.tools.parameter_values import types_of
 from server.text.tools.tool_format import NO_HEADERS, GrammarWriter, Headers, ToolFormat
@@ -169,7 +170,7 @@ class _Writer:
     def value(self, function: Function, schema: Any) -> str:
         if isinstance(schema, Mapping) and '"$ref"' in json.dumps(schema):
             root = function.parameters
-            schema = {**{key: root[key] for key in ("$defs", "definitions") if key in root}, **schema}
+            schema = {**schema, **{key: root[key] for key in ("$defs", "definitions") if key in root}}
         return self._schema(function, schema, is_whole=False)
 
     def rule(self, expression: str) -> str:

@@ -22,6 +22,7 @@ from engine.messages import AddRequest
 from engine.params import SamplingParams
 from engine.plan import RowStart
 from engine.sampling.grammar import Grammars
+from engine.sampling.grammar_limits import MAX_ITEMS
 from engine.scheduler.validation import RequestError
 from models.tokenizer import Tokenizer
 from parallel import shm
@@ -229,6 +230,36 @@ def test_long_forced_texts_fail_their_row(tokenizer_dir: Path, gamma: int) -> No
     assert len(Tokenizer(tokenizer_dir).decode(tokens(out))) == 3
     assert out[-1].error == "the grammar failed: it forces a text of more than 16384 bytes"
     assert not out[-1].is_server_fault
+
+
+@pytest.mark.parametrize("gamma", [0, 3])
+@pytest.mark.parametrize("grammar", ['start: "b" "<|im" "_start|>" "b"', r"start: /b[<<]\|im_start\|>/"])
+def test_a_forced_name_of_a_special_token_fails_its_row(tokenizer_dir: Path, grammar: str, gamma: int) -> None:
+    """The compiler would force the token, which is no text."""
+    engine = tiny_engine(tiny_model(config=SHAPE), gamma=gamma, directory=tokenizer_dir)
+    (out,) = run(engine, [AddRequest("0", [5], SamplingParams(max_tokens=40, grammar=grammar))]).values()
+    assert Tokenizer(tokenizer_dir).decode(tokens(out)) == "b"
+    assert out[-1].error == "the grammar failed: it forces the name of a special token, <|im_start|>"
+    assert not out[-1].is_server_fault
+
+
+def test_special_tokens_that_a_grammar_demands_as_such(tokenizer_dir: Path) -> None:
+    made = grammars(tokenizer_dir, 'start: <|im_start|> "b" <[0]>')
+    b = Tokenizer(tokenizer_dir).encode("b")[0]
+    assert allowed(made.masks(1, [1, b])) == [{1}, {b}, {0}]
+    assert made._failures.cause(1) is None
+
+
+def test_right_recursion_fails_its_row_early(tokenizer_dir: Path) -> None:
+    """Each byte costs the more the longer the output is, and a replay all of that at once."""
+    a = Tokenizer(tokenizer_dir).encode("a")[0]
+    made = grammars(tokenizer_dir, 'start: x\nx: "a" x | "a"', [a] * (MAX_ITEMS - 50))
+    assert made._failures.cause(1) is None
+    made.commit(1, [a] * 100)
+    cause = made._failures.cause(1)
+    assert cause is not None
+    assert cause[0].startswith(f"the grammar failed: Parser Error: Current row has {MAX_ITEMS + 1} items; ")
+    assert cause[1]
 
 
 def test_a_grammar_that_does_not_compile_fails_its_row(tokenizer_dir: Path) -> None:

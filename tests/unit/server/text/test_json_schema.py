@@ -198,6 +198,35 @@ def test_other_constraints_are_refused_by_name_and_place(constraint: dict[str, A
     assert refusal(json=json.dumps(schema)) == message
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"enum": [1, 1234567890123456789]},
+        {"const": {"a": [2**53 + 1]}},
+        *({"type": "integer", key: -(2**53) - 1} for key in ("minimum", "exclusiveMaximum", "exclusiveMinimum")),
+        {"type": "integer", "maximum": 2**53 + 1},
+        {"type": "integer", "multipleOf": 2**53 + 1},
+        {"const": 10**400},
+        {"$ref": "#/x/y", "x": {"y": {"const": 2**53 + 1}}},
+    ],
+)
+def test_integers_that_the_compiler_would_round_are_refused(schema: Any) -> None:
+    message = refusal(json=schema)
+    assert message.startswith("structured_outputs: not served in a JSON schema: the integer ")
+    assert message.endswith(", which a float64 does not hold")
+
+
+def test_other_large_integers(tokenizer: Tokenizer, compiler: LLTokenizer) -> None:
+    for number in (2**53, 2**60, -(2**62)):
+        assert Accepts({"const": number}, tokenizer, compiler)(number)
+    accepts = Accepts({"type": "integer", "maximum": 2**63 - 1}, tokenizer, compiler)
+    assert [accepts(2**63 - 2 + i) for i in range(3)] == [True, True, False]
+
+
+def test_settings_of_the_compiler_are_not_the_client_s() -> None:
+    assert "uniqueItems" in refusal(json={"type": "array", "uniqueItems": True, "x-guidance": {"lenient": True}})
+
+
 def test_the_whole_message() -> None:
     schema = {"type": "array", "items": {"type": "array", "items": {"type": "integer"}, "uniqueItems": True}}
     expected = "structured_outputs: not served in a JSON schema: uniqueItems (at #/items)"
@@ -315,6 +344,13 @@ def test_objects_are_closed_where_nothing_is_said_of_other_properties() -> None:
         {"properties": {"a": {}}, "minProperties": 2},
         {"properties": {"a": {}}, "patternProperties": {"^x": {}}},
         {"properties": {"a": {}}, "$ref": "#/$defs/x", "$defs": {"x": {"type": "object"}}},
+        {"properties": {"a": {}}, "$ref": "#/$defs/x", "$defs": {"x": {"properties": {"b": {}}}}},
+        {"required": ["a"], "$ref": "#/$defs/x", "$defs": {"x": {"properties": {"b": {}}}}},
+        {"patternProperties": {"^a": {}}, "anyOf": [{"properties": {"b": {}}}]},
+        {"properties": {"a": {}}, "anyOf": [{"properties": {"b": {}}}]},
+        {"anyOf": [{"properties": {"b": {}}}], "oneOf": [{"properties": {"c": {}}}]},
+        {"items": {"properties": {"a": {}}, "oneOf": [{"properties": {"b": {}}}, {"properties": {"c": {}}}]}},
+        {"properties": {"a": {}}, "required": ["b"]},
         {"allOf": [{"$ref": "#/$defs/x"}], "properties": {"a": {}}, "$defs": {"x": {"properties": {"b": {}}}}},
         {"const": {"properties": {"a": 1}}},
         True,

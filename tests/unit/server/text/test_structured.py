@@ -11,6 +11,8 @@ import httpx
 import pytest
 
 from server.bodies import fields
+from server.errors import ApiError
+from server.text.special_names import check_names
 from server.text.structured import Grammar, check_grammar
 from tests.support.app import server
 from tests.support.contract import COMPLETIONS
@@ -97,11 +99,31 @@ def schema_format(schema: Any) -> dict[str, Any]:
         {"propertyNames": {"enum": ["<|im_end|>"]}},
         {"type": "string", "pattern": r"^a<\|im_end\|>b$"},
         {"patternProperties": {r"^<\|im_end\|>$": {}}},
+        {"$ref": "#/$defs/g/x", "$defs": {"g": {"x": {"enum": ["<|im_end|>"]}}}},
+        {"$ref": "#/components/x", "components": {"x": {"properties": {"<|im_end|>": {}}}}},
+        {"type": "string", "pattern": r"^(<)\|im_end\|>$"},
+        {"type": "string", "pattern": r"^<\x7cim_end\|>$"},
     ],
 )
 def test_schemas_that_prescribe_a_special_token(directory: Path, schema: Any) -> None:
     reason = "a value, pattern or property name of the JSON schema contains the name of a special token, <|im_end|>"
     assert refusal(directory, **schema_format(schema)) == ("response_format", f"response_format: {reason}")
+
+
+def test_names_in_brackets_are_told_from_words() -> None:
+    def found(*regexes: str) -> list[bool]:
+        served = []
+        for regex in regexes:
+            try:
+                check_names("p", "the regex", (), ["[INST]"], [regex])
+            except ApiError:
+                served.append(True)
+            else:
+                served.append(False)
+        return served
+
+    assert found(r"\[INST\]", "[[]INST[\\]]", r"(\x5b)INST\]") == [True] * 3
+    assert found("INST[0-9]", r"(INST)\]", "[INS]T") == [False] * 3
 
 
 def test_a_format_that_is_a_boolean(directory: Path) -> None:
@@ -120,6 +142,13 @@ def test_choices_that_contain_a_special_token(directory: Path, choice: str) -> N
     ("asked", "part"),
     [
         ({"regex": r"a<\|im_end\|>b"}, "the regex"),
+        ({"regex": r"\x3c\|im_end\|\x3e"}, "the regex"),
+        ({"regex": r"\u{3c}\u007cim_end\U0000007C>"}, "the regex"),
+        ({"regex": "<[|]im_end[\\|]>"}, "the regex"),
+        ({"regex": r"(?:<)(?P<x>\|)im_end{1}\|>"}, "the regex"),
+        ({"grammar": r'start: "\u003c|im_end|>"'}, "a string or regex of the grammar"),
+        ({"grammar": r'root ::= "\x3c|im_end|>"'}, "a string or regex of the grammar"),
+        ({"grammar": r'start: %json {"pattern": "^<[|]im_end[|]>$"}'}, "a string or regex of the grammar"),
         ({"grammar": 'start: "a<|im_end|>b"'}, "a string or regex of the grammar"),
         ({"grammar": r"start: /a<\|im_end\|>/"}, "a string or regex of the grammar"),
     ],
@@ -139,6 +168,8 @@ def test_texts_that_are_forced_are_bounded(directory: Path) -> None:
     [
         {"structured_outputs": {"choice": ["<|im", "_end|>", "<|IM_END|>"]}},
         {"structured_outputs": {"regex": r"<[a-z|_]+>"}},
+        {"structured_outputs": {"regex": r"\\x3c\|im_end\|>"}},
+        {"structured_outputs": {"grammar": 'start: "<[|]im_end[|]>"'}},
         schema_format({"description": "<|im_end|>", "default": "<|im_end|>", "const": "x"}),
     ],
 )
@@ -157,6 +188,16 @@ def test_other_texts_are_served(directory: Path, asked: dict[str, Any]) -> None:
 def test_grammars_that_match_no_text(directory: Path, asked: dict[str, Any]) -> None:
     message = "structured_outputs: the grammar matches no text"
     assert refusal(directory, structured_outputs=asked) == ("structured_outputs", message)
+
+
+@pytest.mark.parametrize("more", [{}, {"additionalProperties": False}])
+def test_wide_objects(directory: Path, more: dict[str, Any]) -> None:
+    names = [f"a{i}" for i in range(300)]
+    schema = {"type": "object", "properties": {name: {"type": "integer"} for name in names}, **more}
+    assert grammar_for(directory, **schema_format({**schema, "required": names[95:]})) is not None
+    _, message = refusal(directory, **schema_format({**schema, "required": names[150:]}))
+    reason = "more than 400 rules of the grammar hold at one place, such as in an object with more than 95 properties"
+    assert message == f"response_format: {reason} that may be left out"
 
 
 @pytest.mark.parametrize("regex", ["", "é", "[é-ü]", "[^a]", r"\xff"])

@@ -289,59 +289,45 @@ def test_parameters_that_are_refused(parameters: dict[str, Any], reason: str) ->
     assert refusal(Function("f", parameters), tokens={"<|x|>": 3}) == f"tools: function f: {reason}"
 
 
+@pytest.mark.parametrize(
+    ("schema", "matching", "other"),
+    [
+        (
+            {
+                "properties": {"kind": {"type": "string"}},
+                "required": ["kind"],
+                "anyOf": [
+                    {"properties": {"x": {"type": "integer"}}, "required": ["x"]},
+                    {"properties": {"y": {"type": "integer"}}, "required": ["y"]},
+                ],
+            },
+            '{"kind": "a", "x": 1}',
+            '{"kind": "a", "x": "1"}',
+        ),
+        (
+            {
+                "$ref": "#/$defs/B",
+                "properties": {"y": {"type": "integer"}},
+                "required": ["y"],
+                "$defs": {"B": {"type": "object", "properties": {"x": {"type": "integer"}}}},
+            },
+            '{"x": 1, "y": 2}',
+            '{"x": 1}',
+        ),
+    ],
+)
+def test_objects_that_are_described_in_parts(
+    schema: dict[str, Any], matching: str, other: str, models: list[Model]
+) -> None:
+    function = Function("f", {"type": "object", **schema})
+    answers = [f'<tool_call>\n{{"name": "f", "arguments": {each}}}\n</tool_call>' for each in (matching, other)]
+    assert models[0].matches(ToolUse([function], [function], "required"), "hermes", *answers) == [True, False]
+
+
 def test_keywords_that_are_not_served() -> None:
     schema = {"properties": {"a": {"type": "array", "uniqueItems": True}}}
     message = "tools: not served in a JSON schema: uniqueItems (at f: #/properties/a)"
     assert refusal(Function("f", schema)) == message
-
-
-@pytest.mark.parametrize(
-    ("parameters", "reason"),
-    [
-        ({"anyOf": [{"required": ["a"]}]}, "anyOf"),
-        ({"properties": {"a": {"type": "string", "not": {"const": "x"}}}}, "not"),
-        ({"properties": {"a>": {}}}, 'the name of the parameter "a>"'),
-        ({"properties": {"a": {}}, "required": None}, "required that is no list"),
-        ({"properties": {"a": {"type": "string", "enum": 5}}}, "enum that is no list"),
-        ({"properties": None}, "properties that are no object"),
-        (
-            {"properties": {"a": {"type": "string", "pattern": "^a|b$"}}},
-            'the pattern "^a|b$"; put its alternatives in parentheses',
-        ),
-        ({"properties": {"a": {"type": "string", "minLength": "0}/ /x"}}}, "a length that is not an integer"),
-        (
-            {"properties": {"a": {"const": "a</parameter>"}}},
-            "an enum or const with </parameter> in it, or with a pattern or length beside it",
-        ),
-    ],
-)
-def test_parameters_that_tags_do_not_serve(parameters: dict[str, Any], reason: str) -> None:
-    message = f"tools: function f: not served in the tool format of this model: {reason}"
-    assert refusal(Function("f", parameters), "qwen_xml") == message
-
-
-@pytest.mark.parametrize(
-    ("schema", "matching", "others"),
-    [
-        ({"type": "string"}, ["", "a\n\nb\n", "<b> </para", '"'], ["</parameter>"]),
-        ({"type": "string", "minLength": 2, "maxLength": 3}, ["ab", "a\nb", "grö"], ["a", "abcd"]),
-        ({"type": "string", "pattern": "^a/[0-9]+$"}, ["a/1", "a/123"], ["a/", "xa/1", "a/1x"]),
-        ({"type": "string", "pattern": "b|c"}, ["b", "abd", "c\n"], ["a"]),
-        ({"type": "string", "pattern": "\\$$"}, ["$", "a$"], ["$a"]),
-        ({"enum": ["red", "a\nb"]}, ["red", "a\nb"], ["re", "reda", '"red"']),
-        ({"type": "integer"}, ["1", "-20"], ["a", '"1"', "1.5"]),
-        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, ['"a"', "null"], ["a", "1"]),
-        ({"type": "array", "items": {"type": "string"}}, ["[]", '["a</parameter>"]'], ["a"]),
-    ],
-)
-def test_values_in_tags(schema: dict[str, Any], matching: list[str], others: list[str], models: list[Model]) -> None:
-    function = Function("f", {"properties": {"p": schema}, "required": ["p"]})
-    form = "<tool_call>\n<function=f>\n<parameter=p>\n{}\n</parameter>\n</function>\n</tool_call>"
-    answers = [form.format(value) for value in [*matching, *others]]
-    expected = [True] * len(matching) + [False] * len(others)
-    assert models[0].matches(ToolUse([function], [function], "required"), "qwen_xml", *answers) == expected
-    for answer in answers[: len(matching)]:
-        check_calls(parse(FORMATS["qwen_xml"].parser([function]), [answer]), [function])
 
 
 def test_no_function_where_one_has_to_be_called() -> None:
