@@ -218,7 +218,7 @@ class AutoGamma:
             tokens += outcome.accepted + 1
             proposed, accepted = len(work.proposed), outcome.accepted
             if waits and request.id not in cannot_copy:
-                advances.append(Advance(request.id, min(proposed, accepted), accepted + 1))
+                advances.append(Advance(request.id, proposed, min(proposed, accepted), accepted + 1))
             if proposal := proposals.get(request.id):
                 from_text.append(_judge(request.id, proposal, outcome.tokens))
             if work.model_drafts and accepted >= proposed:

@@ -2,20 +2,23 @@
 
 A round that takes what has the most tokens per second of its own would draft new text far, and with it the beginning of
 what could be copied at a fraction of the time. So a token that a model drafts counts for what it would cost otherwise.
-It counts fully while nothing could be copied, and where a copy has begun by then, only for the share of a plain round
-that one more draft in a verify pass takes, as the copy would have had it as one more:
+It counts fully where nothing can be copied, and where it would be part of a copy, only for what a copied token costs:
+the share of a plain round that one more draft in a verify pass takes, for each draft from the text that is needed to
+have one accepted.
 
-    worth of draft s = share + (1 - share) * kept^s
+    worth of draft s = 1 - copied_s (1 - min(1, share / efficiency))
+    copied_s = begin / (begin + end) * (1 - (1 - begin - end)^s)
 
-kept is the probability that no copy begins after a token either. A single token that is found is none: it takes a round
-all the same. Throughput is higher in the long run where every round has the most worth per second.
+begin is the probability that a copy begins after a token, and end that it ends after one of its own (a chain of two
+states). efficiency is the share of the drafts from the text that are accepted. A single token that is found is no copy:
+it takes a round all the same. Throughput is higher in the long run where every round has the most worth per second.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +28,9 @@ from kernels.ragged import Ints
 
 COPY = 2
 """Smallest number of accepted drafts from the text that are a copy."""
-_START_KEPT, _START_TOKENS = 0.9, 10.0
-"""Prior of `kept` before anything was seen, and its weight in tokens."""
+_START_WAIT, _START_STAY, _START_EFFICIENCY, _START_TOKENS = 0.9, 0.9, 0.7, 10.0
+"""Priors before anything was seen: that no copy begins after a token, that one goes on, and that a draft from the text
+is accepted; and their weight in tokens."""
 _REQUEST_TOKENS = 4.0
 """Number of tokens after which a request's own record weighs as much as its prior."""
 _REQUEST_MEMORY, _MEMORY = 60.0, 300.0
@@ -34,21 +38,38 @@ _REQUEST_MEMORY, _MEMORY = 60.0, 300.0
 
 
 class Advance(NamedTuple):
-    """A row's part in a round. copied: number of its accepted drafts from the text. tokens: number that it yielded."""
+    """A row's part in a round. proposed, copied: number of its drafts from the text, and of the accepted ones. tokens:
+    number that it yielded."""
 
     request: str
+    proposed: int
     copied: int
     tokens: int
 
 
+class _Records(NamedTuple):
+    """What is known of copies. waits: tokens after which none began, as accepted ones, and those after which one did.
+    stays: copied tokens, and ends. drafts: from the text, accepted or not."""
+
+    waits: AcceptanceRecord
+    stays: AcceptanceRecord
+    drafts: AcceptanceRecord
+
+    @classmethod
+    def empty(cls) -> Self:
+        return cls(AcceptanceRecord(), AcceptanceRecord(), AcceptanceRecord())
+
+    def estimates(self, priors: Sequence[float], weight: float) -> list[float]:
+        return [record.alpha(prior, weight) for record, prior in zip(self, priors, strict=True)]
+
+
 @dataclass(slots=True)
 class _Row:
-    """Row of a request. copies: whether it did in its last round. tokens: number that this yielded. waits: tokens after
-    which no copy began, as accepted ones, and those after which one did."""
+    """Row of a request. copies: whether it did in its last round. tokens: number that this yielded."""
 
     copies: bool
     tokens: int
-    waits: AcceptanceRecord = field(default_factory=AcceptanceRecord)
+    records: _Records = field(default_factory=_Records.empty)
 
 
 class TextOutlook(RequestRecords[_Row]):
@@ -56,26 +77,36 @@ class TextOutlook(RequestRecords[_Row]):
 
     def __init__(self) -> None:
         super().__init__()
-        self._all = AcceptanceRecord()
+        self._all = _Records.empty()
 
     def worth(self, requests: Sequence[str], steps: Ints, share: float) -> npt.NDArray[np.float64]:
         """Return the worth of a model's drafts, if they are accepted: [requests, steps]. steps: their numbers, from 1.
         share: from 0 to 1, see the head of this module."""
-        prior = self._all.alpha(_START_KEPT, _START_TOKENS)
+        priors = self._all.estimates((_START_WAIT, _START_STAY, _START_EFFICIENCY), _START_TOKENS)
         rows = [self._requests.get(request) for request in requests]
-        kept = [prior if row is None else row.waits.alpha(prior, _REQUEST_TOKENS) for row in rows]
-        waiting: npt.NDArray[np.float64] = np.array(kept)[:, None] ** steps
-        return share + (1 - share) * waiting
+        found = [priors if row is None else row.records.estimates(priors, _REQUEST_TOKENS) for row in rows]
+        waits, stays, efficiency = np.array(found).T[..., None]
+        begin, end = 1 - waits, 1 - stays
+        copied = begin / (begin + end) * (1 - (1 - begin - end) ** steps)
+        worth: npt.NDArray[np.float64] = 1 - copied * (1 - np.minimum(1.0, share / efficiency))
+        return worth
 
     def update(self, advances: Iterable[Advance]) -> None:
         """Learn from a round."""
-        for request, copied, tokens in advances:
+        for request, proposed, copied, tokens in advances:
             row, copies = self._requests.get(request), copied >= COPY
             if row is None:
                 row = self._requests[request] = _Row(copies, tokens)
             elif not row.copies:
                 # After which of several tokens it could have begun is unknown: halfway, on average.
                 waited = (row.tokens - 1) // 2 if copies else row.tokens
-                row.waits.add(waited, int(copies), _REQUEST_MEMORY)
-                self._all.add(waited, int(copies), _MEMORY)
+                self._learn(row, "waits", waited, int(copies))
+            if proposed:
+                self._learn(row, "drafts", copied, proposed - copied)
+            if copies:
+                self._learn(row, "stays", copied, int(copied < proposed))
             row.copies, row.tokens = copies, tokens
+
+    def _learn(self, row: _Row, name: str, accepted: int, rejected: int) -> None:
+        getattr(row.records, name).add(accepted, rejected, _REQUEST_MEMORY)
+        getattr(self._all, name).add(accepted, rejected, _MEMORY)

@@ -116,8 +116,8 @@ def test_worth() -> None:
     assert (np.diff(start) < 0).all()
     assert outlook.worth(["a"], steps, 1.0).tolist() == [[1.0] * 4]  # a copy is no faster
     for _ in range(60):
-        outlook.update([Advance("a", 9, 10), Advance("b", 0, 1), Advance("c", 1, 2)])
-        outlook.update([Advance("a", 0, 1), Advance("b", 0, 3), Advance("c", 0, 1)])
+        outlook.update([Advance("a", 9, 9, 10), Advance("b", 0, 0, 1), Advance("c", 1, 1, 2)])
+        outlook.update([Advance("a", 0, 0, 1), Advance("b", 0, 0, 3), Advance("c", 0, 0, 1)])
     soon, never, single, unknown = outlook.worth(["a", "b", "c", "d"], steps, 0.1)
     assert 0.1 < soon[0] < 0.2
     assert never[-1] > 0.9
@@ -127,18 +127,40 @@ def test_worth() -> None:
     assert outlook.worth(["a"], steps, 0.1).tolist() == [unknown.tolist()]
 
 
+def test_short_copies_and_costly_ones_are_no_reason_to_wait() -> None:
+    """A model drafts further where a copy soon ends, or takes many drafts for each token that is right."""
+    outlook, steps = TextOutlook(), np.arange(1, 9)
+    for _ in range(60):
+        outlook.update([Advance("long", 9, 9, 10), Advance("short", 3, 2, 3), Advance("costly", 16, 2, 3)])
+        outlook.update([Advance(name, 0, 0, 2) for name in ("long", "short", "costly")])
+    long, short, costly = outlook.worth(["long", "short", "costly"], steps, 0.1)
+    assert (long < short).all()
+    assert (short < costly).all()
+    assert long[-1] < 0.3
+    assert costly[-1] > 0.7
+    # As a chain of two states, at 16 / 2 times the share.
+    exact = TextOutlook()
+    for _ in range(400):
+        exact.update([Advance("a", 16, 2, 3)])
+        exact.update([Advance("a", 0, 0, 1)])
+        exact.update([Advance("a", 0, 0, 3)])
+    begin, end = 1 / 3, 1 / 3
+    copied = begin / (begin + end) * (1 - (1 - begin - end) ** steps)
+    assert exact.worth(["a"], steps, 0.05)[0] == pytest.approx(1 - copied * (1 - 8 * 0.05), abs=0.02)
+
+
 def test_copies_that_begin_among_several_tokens() -> None:
     """On average, they begin halfway."""
     outlook = TextOutlook()
     for _ in range(200):
-        outlook.update([Advance("a", 0, 7)])
-        outlook.update([Advance("a", 5, 6)])
+        outlook.update([Advance("a", 0, 0, 7)])
+        outlook.update([Advance("a", 5, 5, 6)])
     assert outlook.worth(["a"], np.arange(1, 2), 0.0)[0, 0] == pytest.approx(3 / 4, abs=0.02)
 
 
 def test_rows_that_are_gone() -> None:
     outlook = TextOutlook()
-    outlook.update([Advance(str(i), 0, 1) for i in range(20)])
+    outlook.update([Advance(str(i), 0, 0, 1) for i in range(20)])
     outlook.retain(["3"], beyond=30)
     assert len(outlook._requests) == 20
     outlook.retain(["3"], beyond=10)
