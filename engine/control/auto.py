@@ -109,11 +109,16 @@ class AutoGamma:
         self._max_gamma = self._stay(options)
         best = options[self._max_gamma]
         chosen = self._explore(drafting, batch, options, best) or best
-        held = rows if share is not None and share < COPY else [row for row in rows if row.max_draft_tokens < COPY]
-        cannot_copy = frozenset(row.id for row in held)
+        cannot_copy = self._cannot_copy(rows, share) if self.takes_text else frozenset()
         self._pending = _Decision(batch, best, chosen, options.plain_s, cannot_copy)
         self.way = chosen.way
         return chosen.drafts
+
+    @staticmethod
+    def _cannot_copy(rows: Sequence[Request], share: int | None) -> frozenset[str]:
+        """See _Decision. share: see Controller.choose."""
+        all_rows = share is not None and share < COPY
+        return frozenset(row.id for row in rows if all_rows or row.max_draft_tokens < COPY)
 
     def _options(self, batch: Batch, way: Way) -> tuple[Batch, Options]:
         """Return the options of a way, and the batch with its limits: rows on which a model would have to catch up, at

@@ -100,13 +100,14 @@ class TextOutlook(RequestRecords[_Row]):
             elif not row.copies:
                 # After which of several tokens it could have begun is unknown: halfway, on average.
                 waited = (row.tokens - 1) // 2 if copies else row.tokens
-                self._learn(row, "waits", waited, int(copies))
+                _learn(row.records.waits, self._all.waits, waited, int(copies))
             if proposed:
-                self._learn(row, "drafts", copied, proposed - copied)
+                _learn(row.records.drafts, self._all.drafts, copied, proposed - copied)
             if copies:
-                self._learn(row, "stays", copied, int(copied < proposed))
+                _learn(row.records.stays, self._all.stays, copied, int(copied < proposed))
             row.copies, row.tokens = copies, tokens
 
-    def _learn(self, row: _Row, name: str, accepted: int, rejected: int) -> None:
-        getattr(row.records, name).add(accepted, rejected, _REQUEST_MEMORY)
-        getattr(self._all, name).add(accepted, rejected, _MEMORY)
+
+def _learn(own: AcceptanceRecord, of_all: AcceptanceRecord, accepted: int, rejected: int) -> None:
+    own.add(accepted, rejected, _REQUEST_MEMORY)
+    of_all.add(accepted, rejected, _MEMORY)

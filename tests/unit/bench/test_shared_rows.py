@@ -54,6 +54,20 @@ class Peer:
 '''
 
 
+BY_TURNS = Plan(
+    [(2, 20)],
+    first=0,
+    warm_up=1,
+    new_tokens=2,
+    rounds=2,
+    totals=0,
+    separately=True,
+    temperatures=(0.0, 1.0),
+    keep_prompts=True,
+    turns=2,
+)
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     with fake_peers(TELLS, tmp_path) as start_one:
@@ -86,21 +100,9 @@ def test_who_shares_rows() -> None:
 
 
 def test_rows_are_prefilled_once_and_decoded_by_turns(start: Start, tmp_path: Path) -> None:
-    plan = Plan(
-        [(2, 20)],
-        first=0,
-        warm_up=1,
-        new_tokens=2,
-        rounds=2,
-        totals=0,
-        separately=True,
-        temperatures=(0.0, 1.0),
-        keep_prompts=True,
-        turns=2,
-    )
     contenders = choose("magicdec off,magicdec auto,llama.cpp bf16", [])
     settings = {"threads": 1, "row_tokens": 4000}
-    report = run(contenders, start, plan, lambda n, m, s: [[1] * m] * n, settings, lambda line: None)
+    report = run(contenders, start, BY_TURNS, lambda n, m, s: [[1] * m] * n, settings, lambda line: None)
     assert sorted(file.stem for file in tmp_path.glob("*.log")) == ["llama.cpp bf16", "magicdec auto"]
     lines = (tmp_path / "magicdec auto.log").read_text().splitlines()
     assert lines[0] == "modes off self"
@@ -118,19 +120,7 @@ def test_rows_are_prefilled_once_and_decoded_by_turns(start: Start, tmp_path: Pa
 
 def test_turns_that_begin_anew(start: Start, tmp_path: Path) -> None:
     """Every turn decodes the same tokens, after those that are not timed."""
-    plan = Plan(
-        [(2, 20)],
-        first=0,
-        warm_up=1,
-        new_tokens=2,
-        rounds=2,
-        totals=0,
-        separately=True,
-        temperatures=(0.0, 1.0),
-        keep_prompts=True,
-        turns=2,
-        anew=True,
-    )
+    plan = replace(BY_TURNS, anew=True)
     contenders = choose("magicdec off,magicdec auto,llama.cpp bf16", [])
     settings = {"threads": 1, "row_tokens": 4000}
     report = run(contenders, start, plan, lambda n, m, s: [[1] * m] * n, settings, lambda line: None)
