@@ -74,7 +74,7 @@ def requests() -> list[AddRequest]:
 HOOKS: list[tuple[Any, str]] = [
     (Grammars, "_compile"),
     (grammar, "_advance"),
-    (grammar, "_fill"),
+    (Grammars, "_fill"),
     (LogitEdits, "apply"),
     (LogitEdits, "from_row_start"),
     (TokenCounts, "start"),
