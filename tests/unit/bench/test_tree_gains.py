@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.draft_trees import LIMIT, Continuations, Node, VoteOdds, count_accepted
-from bench.micro.tree_gains import replay, report
+from bench.replay.draft_trees import LIMIT, Continuations, Node, VoteOdds, count_accepted
+from bench.replay.tree_gains import replay, report
 from engine.ngram.ngram_drafts import NgramDrafts
 from engine.ngram.ngram_index import NgramIndex
 from engine.ngram.text_store import TextStore, build_store

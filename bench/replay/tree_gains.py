@@ -1,12 +1,12 @@
 """Estimate what trees of drafts from the text would bring over chains.
 
-    python -m bench.micro.tree_gains --task edit json --temperature 0 0.8 --text FILE
+    python -m bench.replay.tree_gains --task edit json --temperature 0 0.8 --text FILE
 
 The engine generates texts, which drafts do not change. Each is then replayed over the index of its own tokens: a round
 drafts, accepts what the text goes on with, and yields one more token. A chain is what the engine proposes
-(engine.ngram.ngram_drafts). A tree has several continuations of a node (bench.draft_trees): those with the most votes,
-and the nodes that are most probable to be accepted, by odds that are learnt along the way. Speeds are those of the
-verify passes of a start-up profile, in which a node of a tree is assumed to cost as much as a draft of a chain.
+(engine.ngram.ngram_drafts). A tree has several continuations of a node (bench.replay.draft_trees): those with the most
+votes, and the nodes that are most probable to be accepted, by odds that are learnt along the way. Speeds are those of
+the verify passes of a start-up profile, in which a node of a tree is assumed to cost as much as a draft of a chain.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pathlib import Path
 import msgspec
 
 from bench.corpus import BenchError, read_text
-from bench.draft_trees import LIMIT, Continuations, VoteOdds, count_accepted
 from bench.format_flags import exits_on_error
 from bench.machine import describe_processor
+from bench.replay.draft_trees import LIMIT, Continuations, VoteOdds, count_accepted
 from bench.tasks import TASKS, task_prompts
 from engine.config.deployment import EngineConfig
 from engine.control.step_times import StepSample, StepTimes

@@ -1,0 +1,205 @@
+"""Compare the choices of drafters on equal text and equal times, free of the noise of measured ones.
+
+    python -m bench.replay.choice_gains --task edit json --temperature 0 0.8 --rows 4 --context 2000 --text FILE
+
+The engine writes texts, which drafts do not change, and notes where the model's drafts were wrong. They are replayed
+with the engine's own search of text and controllers, each of which learns from its own rounds. A round takes what the
+start-up profile says: so controllers predict times well, and acceptance is what they have to find out.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from bench.corpus import BenchError, read_text
+from bench.format_flags import exits_on_error
+from bench.machine import describe_processor
+from bench.replay.recording import RecordedText, Recorder, record
+from bench.tasks import TASKS, task_prompts
+from engine.config.deployment import EngineConfig
+from engine.config.speculation import Source
+from engine.control.auto import AutoGamma
+from engine.control.drafting_model import DraftingModel
+from engine.control.step_times import StepSample, StepTimes
+from engine.core import Engine
+from engine.ngram.ngram_drafts import NO_PROPOSAL, NgramDrafts, Proposal
+from engine.params import SamplingParams
+from engine.plan import RoundPlan, RoundResult, RowResult, RowWork
+from engine.scheduler.controller import Controller, FixedGamma, RowDrafts
+from engine.scheduler.request import Request
+from engine.scheduler.request_ngrams import RequestNgrams
+from engine.worker.controllers import draft_reads
+from engine.worker.profiler import profile
+from models.default import resolve_model
+from models.tokenizer import Tokenizer
+
+WAYS: Mapping[str, Source | None] = {"off": None, "self": "self", "ngram": "ngram", "together": "together"}
+"""Drafters that are compared. None: none drafts."""
+_RECORDED_DRAFTS = 6
+
+
+@dataclass(slots=True)
+class Gain:
+    """Outcome of replays. rows: sum over rounds of their rows."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    rows: int = 0
+
+    @property
+    def rate(self) -> float:
+        """Return tokens per second."""
+        return self.tokens / self.seconds
+
+    def add(self, other: Gain) -> None:
+        self.seconds += other.seconds
+        self.tokens += other.tokens
+        self.rows += other.rows
+
+
+class Replay:
+    """Rounds over recorded texts, which take what a profile says."""
+
+    def __init__(self, times: StepTimes, budget: int, vocab_size: int) -> None:
+        """budget: KV tokens that drafts read per row."""
+        self._times, self.budget = times, budget
+        self._drafts = NgramDrafts(vocab_size)
+
+    def run(self, texts: Sequence[RecordedText], controller: Controller) -> Gain:
+        """Decode all texts as one batch, which rows leave at their end."""
+        ngrams = RequestNgrams(self._drafts, controller.gamma_max, lambda _, tokens: len(tokens))
+        rows = {Request(text.message, (), number): text for number, text in enumerate(texts)}
+        for request, text in rows.items():
+            request.tokens.append(text.output[0])  # prefill yields it
+        gain = Gain()
+        while rows:
+            requests = list(rows)
+            controller.begin_round()
+            proposals = [NO_PROPOSAL] * len(rows)
+            if controller.takes_text:
+                proposals = ngrams.propose(requests, controller.gamma_max)
+            choices = controller.choose(requests, 0, proposals)
+            work = list(_work(requests, proposals, choices))
+            results = []
+            for request, proposal, each in zip(requests, proposals, work, strict=True):
+                ngrams.record(request, proposal, taken=bool(each.proposed))
+                text = rows[request]
+                accepted = text.count_accepted(request.num_output, each.proposed, each.model_drafts)
+                new = text.output[request.num_output :][: accepted + 1]
+                results.append(RowResult(each.gamma, accepted, new, None))
+            seconds = self._seconds([len(request.tokens) for request in requests], work)
+            gain.seconds += sum(seconds)
+            gain.rows += len(rows)
+            for request, result in zip(requests, results, strict=True):
+                request.tokens += result.tokens
+                gain.tokens += len(result.tokens)
+            plan = RoundPlan(0, [], [], work, controller.way.budget, controller.way.drafter)
+            controller.observe(plan, requests, RoundResult(0, results, *seconds))
+            rows = {request: text for request, text in rows.items() if request.num_output < len(text.output)}
+        return gain
+
+    def _seconds(self, contexts: Sequence[int], work: Sequence[RowWork]) -> tuple[float, float]:
+        """Return the seconds of a round's drafts, and of its verify pass."""
+        drafting = 0.0
+        for step in range(max(each.model_drafts for each in work)):
+            # Drafts from the text that a model goes on from are further rows of its first step.
+            from_text = sum(len(each.proposed) for each in work if each.model_drafts) if not step else 0
+            reading = [context for context, each in zip(contexts, work, strict=True) if each.model_drafts > step]
+            drafting += self._times.draft(len(reading) + from_text, self._times.read(reading, self.budget))
+        mean = sum(each.gamma for each in work) / len(work)
+        return drafting, self._times.verify(len(work), sum(contexts), [mean], 0)[0]
+
+
+def _work(
+    requests: Sequence[Request], proposals: Sequence[Proposal], choices: Sequence[RowDrafts]
+) -> Iterator[RowWork]:
+    """Yield what a round does for each row."""
+    for row, (request, proposal, choice) in enumerate(zip(requests, proposals, choices, strict=True)):
+        gamma, proposed = choice.proposed + choice.model, proposal.tokens[: choice.proposed]
+        yield RowWork(row, request.num_tokens - 1, 1, gamma, True, proposed=proposed)
+
+
+@exits_on_error()
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="default", help="model that writes")
+    parser.add_argument("--task", nargs="+", choices=TASKS, default=TASKS, help="see bench.tasks")
+    parser.add_argument("--temperature", nargs="+", type=float, default=[0.0, 0.8])
+    parser.add_argument("--rows", type=int, default=4, help="texts of each task, which are replayed one by one, too")
+    parser.add_argument("--context", type=int, default=2000, help="prompt tokens")
+    parser.add_argument("--budget", type=int, default=512, help="KV tokens of the window that the model's drafts read")
+    parser.add_argument("--new-tokens", type=int, default=320, help="output tokens")
+    parser.add_argument("--text", type=Path, help="take texts from this file instead of Python's manual")
+    parser.add_argument("--profile", type=Path, help="saved start-up profile; without it, one is measured")
+    given = parser.parse_args(arguments)
+    if given.rows < 1 or given.new_tokens < 3:
+        raise BenchError("--rows must be at least 1, --new-tokens at least 3")
+    drafts = {"drafter": "together", "kv": {"policy": "window", "budget": given.budget}}
+    fields = {"model": given.model, "speculation": drafts, "scheduler": {"max_rows": given.rows}}
+    config, source = EngineConfig.model_validate(fields), read_text(given.text)
+    recorder = Recorder(min(_RECORDED_DRAFTS, config.speculation.max_model_drafts))
+    engine = Engine(config, controller=recorder, progress=False)
+    try:
+        saved = given.profile and msgspec.json.decode(given.profile.read_bytes(), type=list[StepSample])
+        times = _times(saved or profile(engine.profiler, config), config)
+        replay = Replay(times, given.budget, engine.ready.vocab_size)
+        tokenizer = Tokenizer(resolve_model(given.model))
+        print(f"{'task':<9}{'T':>4}{'rows':>6}" + "".join(f"{way:>16}" for way in WAYS) + "  together / best other")
+        for task in given.task:
+            prompts = task_prompts(task, tokenizer, source, count=given.rows, length=given.context)
+            for temperature in given.temperature:
+                params = [
+                    SamplingParams(temperature=temperature, max_tokens=given.new_tokens, ignore_eos=True, seed=seed)
+                    for seed in range(given.rows)
+                ]
+                texts = record(engine, recorder, prompts, params)
+                for rows in sorted({1, given.rows}):
+                    batches = [texts[first : first + rows] for first in range(0, given.rows, rows)]
+                    print(
+                        f"{task:<9}{temperature:>4g}{rows:>6}{_line(compare(replay, batches, config, times))}",
+                        flush=True,
+                    )
+        print(describe_processor())
+    finally:
+        engine.close()
+
+
+def _times(samples: list[StepSample], config: EngineConfig) -> StepTimes:
+    reads = draft_reads(config)[None]
+    return StepTimes(samples, reads.tokens_read, drafts_share=reads.share)
+
+
+def _controller(way: Source | None, config: EngineConfig, times: StepTimes, budget: int) -> Controller:
+    """Make what the engine has with a drafter, and with one budget, because that is recorded."""
+    if way is None:
+        return FixedGamma(0)
+    own = config.speculation.model_copy(update={"drafter": way})
+    return AutoGamma([DraftingModel(times, [budget], budget)], own.max_model_drafts, own.max_text_drafts)
+
+
+def compare(
+    replay: Replay, batches: Sequence[Sequence[RecordedText]], config: EngineConfig, times: StepTimes
+) -> dict[str, Gain]:
+    """Replay the batches, one after another, with each way, whose controller goes on learning."""
+    gains = {}
+    for name, way in WAYS.items():
+        controller, gains[name] = _controller(way, config, times, replay.budget), Gain()
+        for batch in batches:
+            gains[name].add(replay.run(batch, controller))
+    return gains
+
+
+def _line(gains: Mapping[str, Gain]) -> str:
+    """Format the speed of each way over plain decoding, with its tokens per row and round."""
+    found = [f"{gain.rate / gains['off'].rate:.2f} ({gain.tokens / gain.rows:.2f})" for gain in gains.values()]
+    best = max(gain.rate for name, gain in gains.items() if name != "together")
+    return "".join(f"{each:>16}" for each in found) + f"{gains['together'].rate / best:>10.3f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Texts of a model, with what its drafts of them would have been: the law lets a replay draft them in any other way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+from engine.core import Engine
+from engine.messages import AddRequest
+from engine.params import SamplingParams
+from engine.plan import RoundPlan, RoundResult
+from engine.scheduler.controller import FixedGamma
+from engine.scheduler.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedText:
+    """One request. rejected: places of output tokens that the model drafted wrongly, after all tokens before them.
+
+    A place behind drafts that were all accepted was not drafted; it counts as right.
+    """
+
+    message: AddRequest
+    output: list[int] = field(default_factory=list)
+    rejected: set[int] = field(default_factory=set)
+
+    def count_accepted(self, known: int, proposed: Sequence[int], drafts: int) -> int:
+        """Count the drafts that are accepted after `known` output tokens: those from the text, then the model's."""
+        following = self.output[known:]
+        for place, token in enumerate(proposed):
+            if place >= len(following) or token != following[place]:
+                return place
+        first = known + len(proposed)
+        for place in range(first, first + drafts):
+            if place >= len(self.output) or place in self.rejected:
+                return place - known
+        return len(proposed) + drafts
+
+
+class Recorder(FixedGamma):
+    """Controller under which a model alone drafts, always as many, and which notes where it was wrong."""
+
+    def __init__(self, gamma: int) -> None:
+        super().__init__(gamma)
+        self.rejected: dict[str, set[int]] = {}
+
+    @property
+    def takes_text(self) -> bool:
+        return False
+
+    def observe(self, plan: RoundPlan, requests: Sequence[Request], result: RoundResult) -> None:
+        outcomes = iter(result.rows)
+        for request, work in zip(requests, plan.work, strict=True):
+            if work.samples and (outcome := next(outcomes)).accepted < outcome.drafted:
+                first = work.computed + work.new - request.num_prompt  # place of the round's first token
+                self.rejected.setdefault(request.id, set()).add(first + outcome.accepted)
+
+
+_ids = count()
+
+
+def record(
+    engine: Engine, recorder: Recorder, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+) -> list[RecordedText]:
+    """Let an engine under `recorder` write the texts."""
+    messages = [
+        AddRequest(f"text {next(_ids)}", list(prompt), each) for prompt, each in zip(prompts, params, strict=True)
+    ]
+    outputs: Mapping[str, list[int]] = {message.id: [] for message in messages}
+    for message in messages:
+        engine.add(message)
+    while engine.has_work():
+        for output in engine.step():
+            outputs[output.id] += output.tokens
+    return [
+        RecordedText(message, outputs[message.id], recorder.rejected.pop(message.id, set())) for message in messages
+    ]
