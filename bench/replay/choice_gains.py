@@ -19,7 +19,7 @@ import msgspec
 from bench.corpus import BenchError, read_text
 from bench.format_flags import exits_on_error
 from bench.machine import describe_processor
-from bench.replay.recording import RecordedText, Recorder, record
+from bench.replay.recording import DraftRecorder, RecordedText, record
 from bench.tasks import TASKS, task_prompts
 from engine.config.deployment import EngineConfig
 from engine.config.speculation import Source
@@ -44,7 +44,7 @@ _RECORDED_DRAFTS = 6
 
 
 @dataclass(slots=True)
-class Gain:
+class Throughput:
     """Outcome of replays. rows: sum over rounds of their rows."""
 
     seconds: float = 0.0
@@ -56,13 +56,13 @@ class Gain:
         """Return tokens per second."""
         return self.tokens / self.seconds
 
-    def add(self, other: Gain) -> None:
+    def add(self, other: Throughput) -> None:
         self.seconds += other.seconds
         self.tokens += other.tokens
         self.rows += other.rows
 
 
-class Replay:
+class RoundReplay:
     """Rounds over recorded texts, which take what a profile says."""
 
     def __init__(self, times: StepTimes, budget: int, vocab_size: int) -> None:
@@ -70,13 +70,13 @@ class Replay:
         self._times, self.budget = times, budget
         self._drafts = NgramDrafts(vocab_size)
 
-    def run(self, texts: Sequence[RecordedText], controller: Controller) -> Gain:
+    def run(self, texts: Sequence[RecordedText], controller: Controller) -> Throughput:
         """Decode all texts as one batch, which rows leave at their end."""
         ngrams = RequestNgrams(self._drafts, controller.gamma_max, lambda _, tokens: len(tokens))
         rows = {Request(text.message, (), number): text for number, text in enumerate(texts)}
         for request, text in rows.items():
             request.tokens.append(text.output[0])  # prefill yields it
-        gain = Gain()
+        gain = Throughput()
         while rows:
             requests = list(rows)
             controller.begin_round()
@@ -142,12 +142,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     drafts = {"drafter": "together", "kv": {"policy": "window", "budget": given.budget}}
     fields = {"model": given.model, "speculation": drafts, "scheduler": {"max_rows": given.rows}}
     config, source = EngineConfig.model_validate(fields), read_text(given.text)
-    recorder = Recorder(min(_RECORDED_DRAFTS, config.speculation.max_model_drafts))
+    recorder = DraftRecorder(min(_RECORDED_DRAFTS, config.speculation.max_model_drafts))
     engine = Engine(config, controller=recorder, progress=False)
     try:
         saved = given.profile and msgspec.json.decode(given.profile.read_bytes(), type=list[StepSample])
         times = _times(saved or profile(engine.profiler, config), config)
-        replay = Replay(times, given.budget, engine.ready.vocab_size)
+        replay = RoundReplay(times, given.budget, engine.ready.vocab_size)
         tokenizer = Tokenizer(resolve_model(given.model))
         print(f"{'task':<9}{'T':>4}{'rows':>6}" + "".join(f"{way:>16}" for way in WAYS) + "  together / best other")
         for task in given.task:
@@ -183,18 +183,18 @@ def _controller(way: Source | None, config: EngineConfig, times: StepTimes, budg
 
 
 def compare(
-    replay: Replay, batches: Sequence[Sequence[RecordedText]], config: EngineConfig, times: StepTimes
-) -> dict[str, Gain]:
+    replay: RoundReplay, batches: Sequence[Sequence[RecordedText]], config: EngineConfig, times: StepTimes
+) -> dict[str, Throughput]:
     """Replay the batches, one after another, with each way, whose controller goes on learning."""
     gains = {}
     for name, way in WAYS.items():
-        controller, gains[name] = _controller(way, config, times, replay.budget), Gain()
+        controller, gains[name] = _controller(way, config, times, replay.budget), Throughput()
         for batch in batches:
             gains[name].add(replay.run(batch, controller))
     return gains
 
 
-def _line(gains: Mapping[str, Gain]) -> str:
+def _line(gains: Mapping[str, Throughput]) -> str:
     """Format the speed of each way over plain decoding, with its tokens per row and round."""
     found = [f"{gain.rate / gains['off'].rate:.2f} ({gain.tokens / gain.rows:.2f})" for gain in gains.values()]
     best = max(gain.rate for name, gain in gains.items() if name != "together")

@@ -38,7 +38,7 @@ class RecordedText:
         return len(proposed) + drafts
 
 
-class Recorder(FixedGamma):
+class DraftRecorder(FixedGamma):
     """Controller under which a model alone drafts, always as many, and which notes where it was wrong."""
 
     def __init__(self, gamma: int) -> None:
@@ -61,7 +61,7 @@ _ids = count()
 
 
 def record(
-    engine: Engine, recorder: Recorder, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+    engine: Engine, recorder: DraftRecorder, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
 ) -> list[RecordedText]:
     """Let an engine under `recorder` write the texts."""
     messages = [

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from bench.replay.choice_gains import WAYS, Replay, compare
-from bench.replay.recording import RecordedText, Recorder, record
+from bench.replay.choice_gains import WAYS, RoundReplay, compare
+from bench.replay.recording import DraftRecorder, RecordedText, record
 from engine.config.deployment import EngineConfig
 from engine.control.step_times import StepSample, StepTimes
 from engine.core import Engine
@@ -44,14 +44,14 @@ def config(drafter: str) -> EngineConfig:
 
 
 def texts(temperature: float, prompts: Sequence[Sequence[int]] = (PROMPT,)) -> list[RecordedText]:
-    recorder = Recorder(GAMMA)
+    recorder = DraftRecorder(GAMMA)
     engine = Engine(config("self"), model=tiny_model(), controller=recorder, progress=False)
     params = [SamplingParams(max_tokens=80, temperature=temperature, ignore_eos=True, seed=5)] * len(prompts)
     return record(engine, recorder, prompts, params)
 
 
-def replay() -> Replay:
-    return Replay(StepTimes(SAMPLES, lambda context, budget: min(context, budget)), 16, TINY.vocab_size)
+def replay() -> RoundReplay:
+    return RoundReplay(StepTimes(SAMPLES, lambda context, budget: min(context, budget)), 16, TINY.vocab_size)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.5])
@@ -67,7 +67,9 @@ def test_rounds_are_those_of_the_engine(drafter: str, temperature: float) -> Non
         for each in engine.step():
             output += each.tokens
     assert output == text.output
-    gain = replay().run([text], Recorder(GAMMA) if drafter == "self" else FixedGamma(GAMMA, model=drafter != "ngram"))
+    gain = replay().run(
+        [text], DraftRecorder(GAMMA) if drafter == "self" else FixedGamma(GAMMA, model=drafter != "ngram")
+    )
     assert gain.tokens == 79
     # Behind a text's drafts the model may be right where it was not asked before.
     assert gain.rows == counter.rounds if drafter != "together" else 0 <= counter.rounds - gain.rows <= 8
