@@ -62,7 +62,7 @@ def measure(
         accepted += same
         known = min(len(text), known + same + 1)
         current += text[len(current) : known]
-    slowest = quantiles(seconds, n=100)[-1]
+    slowest = quantiles(seconds, n=100)[-1] if len(seconds) > 1 else seconds[0]
     return NgramCosts(
         context, 1e3 * min(indexing), 1e6 * median(seconds), 1e6 * slowest, index.num_bytes, accepted / len(seconds)
     )

@@ -143,13 +143,16 @@ class AutoGamma:
 
     def _compare(self, batch: Batch, drafting: Batch, options: Options) -> tuple[Batch, Options]:
         """Make the way of the highest predicted throughput the current one, and return its options as `_options` does.
-        drafting, options: those of the current way."""
-        best = options.rates.max()
+        drafting, options: those of the current way. Where its model does not draft because it lags, one without KV of
+        its own need not be better: rounds that take all drafts from the text are equal in all ways."""
+        best, lags = options.rates.max(), batch.limits.any() and not drafting.limits.any()
         for way in self._ways:
             if way == self._current:
                 continue
             limited, others = self._options(batch, way)
-            if others.rates.max() > _HYSTERESIS * best:
+            keeps_up = lags and not self._goodput[way.drafter].model.has_own_kv
+            if others.rates.max() >= (best if keeps_up else _HYSTERESIS * best):
+                lags = False
                 self._current, drafting, options, best = way, limited, others, others.rates.max()
         return drafting, options
 

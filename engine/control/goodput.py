@@ -24,7 +24,7 @@ from engine.control.acceptance import Reading
 from engine.control.calibration import Calibration
 from engine.control.drafting_model import DraftingModel
 from engine.control.step_times import StepTimes
-from engine.control.text_options import TextChooser
+from engine.control.text_options import DraftStep, TextChooser
 from engine.control.text_outlook import TextOutlook
 from engine.ngram.ngram_drafts import Proposal
 from engine.plan import DrafterName
@@ -183,15 +183,14 @@ class Goodput:
         if not longest:
             no_drafts = np.zeros((1, count), dtype=np.int64)
             options = Options(way, plain_seconds, plain_tokens, plain_tokens, no_drafts, verify[0])
-            return self._with_text(options, batch, verify, (0.0, 0.0), np.zeros(count), np.ones((count, 1)))
-        first_row_s, further_row_s = self._draft(batch, budget)
+            return self._with_text(options, batch, verify, DraftStep(), np.zeros(count), np.ones((count, 1)))
+        step = self._draft(batch, budget, verify)
         max_gammas = steps = self._steps[:longest]
 
         def seconds(drafts: Ints, forwards: Ints) -> Floats:
-            """Predict the time of rounds with `drafts` drafts in all, in `forwards` draft steps: the first row of each
-            step costs `first_row_s`, the others `further_row_s`."""
+            """Predict the time of rounds with `drafts` drafts in all, in `forwards` draft steps."""
             verifying = np.interp(drafts / count, np.arange(len(verify)), verify)
-            round_seconds: Floats = verifying + forwards * first_row_s + (drafts - forwards) * further_row_s
+            round_seconds: Floats = verifying + forwards * step.first_row + (drafts - forwards) * step.further_row
             return round_seconds
 
         alphas, latest = self._alphas(batch, budget, worse)
@@ -204,7 +203,7 @@ class Goodput:
         even_rates = even_worth / even_seconds
         # A row's next draft must be worth more than its time would be elsewhere.
         rises = np.diff(verify[: longest + 1]).clip(min=0)  # measured passes may be faster with more drafts
-        min_worth = even_rates * (rises / count + further_row_s)
+        min_worth = even_rates * (rises / count + step.further_row)
         pays = ((valued >= min_worth[:, None, None]) & allowed & (steps <= max_gammas[:, None, None])).cumprod(
             2, dtype=bool
         )  # [max_gammas, rows, steps]; a row's drafts are its first ones
@@ -219,22 +218,22 @@ class Goodput:
         gammas = np.zeros((longest + 1, count), dtype=np.int64)
         gammas[1:] = np.where(better[:, None], pays.sum(2), np.minimum(max_gammas[:, None], batch.limits))
         options = Options(way, round_seconds, tokens, worth, gammas, verify[0], None, latest)
-        return self._with_text(options, batch, verify, (first_row_s, further_row_s), alphas, of_drafts)
+        return self._with_text(options, batch, verify, step, alphas, of_drafts)
 
     def _with_text(
         self,
         options: Options,
         batch: Batch,
         verify: Sequence[float],
-        step_s: tuple[float, float],
+        step: DraftStep,
         alphas: Floats,
         of_drafts: Floats,
     ) -> Options:
-        """Return the options with drafts from the text, where these are better. step_s: seconds of a draft step, with
-        one row and for each further row. alphas: [rows], acceptance of a model's drafts. of_drafts: see `_worth`."""
+        """Return the options with drafts from the text, where these are better. alphas: [rows], acceptance of a model's
+        drafts. of_drafts: see `_worth`."""
         if self._text is None or not batch.proposals:
             return options
-        work = self._text.choose(batch, verify, step_s, alphas, of_drafts, options.rates)
+        work = self._text.choose(batch, verify, step, alphas, of_drafts, options.rates)
         better = work.rates > options.rates
         return Options(
             options.way,
@@ -276,14 +275,16 @@ class Goodput:
             for gamma, (kind, seconds) in enumerate(zip(kinds, times, strict=True))
         ]
 
-    def _draft(self, batch: Batch, budget: int) -> tuple[float, float]:
-        """Predict the seconds of a draft step: with one row, and for each further row."""
+    def _draft(self, batch: Batch, budget: int, verify: Sequence[float]) -> DraftStep:
+        """Predict a draft step. verify: as of `_verify`."""
         factor = self._calibration.factor(draft_kind(self.model.name), draft_bucket(batch, self._times, budget))
         first_row_s = factor * batch.draft_seconds(self._times, budget, 1)
         if batch.count == 1:
-            return first_row_s, 0.0
+            # No further row was measured: as much more of a step as a draft takes of the verify pass.
+            return DraftStep(first_row_s, 0.0, first_row_s * max(0.0, verify[-1] / verify[0] - 1) / self._gamma_max)
         all_rows_s = factor * batch.draft_seconds(self._times, budget, batch.count)
-        return first_row_s, (all_rows_s - first_row_s) / (batch.count - 1)
+        further_row_s = (all_rows_s - first_row_s) / (batch.count - 1)
+        return DraftStep(first_row_s, further_row_s, further_row_s)
 
 
 def verify_bucket(batch: Batch, times: StepTimes, gamma: int) -> tuple[int, int, int]:

@@ -5,20 +5,21 @@ more draft adds to the verify pass and f what one more row adds to a draft step.
 
     text            sum over s <= p of b_s                                     - lambda v p
     model           sum over s <= j of a^s w_s                                 - lambda (v + f) j
-    text, model     sum over s <= p of b_s + b_p (sum over s <= j of a^s w_s)  - lambda (v (p + j) + f (p + j))
+    text, model     sum over s <= p of b_s + b_p (sum over s <= j of a^s w_s)  - lambda (v (p + j) + f j + q p)
 
 a is its acceptance probability of a model's drafts and w_s what these are worth (engine.control.text_outlook), b_s =
 first * later^(s - 1) the probability that s drafts from the text are accepted (engine.control.text_acceptance), p and j
 the largest numbers of drafts that are worth their time. In the last way the model also computes the text's drafts, in
-its first step. lambda is the rate that the options of the round have without text, and then the one that this choice
-has.
+its first step. q is the time that each adds to it: f, and where there is one row alone, as large a share of the step as
+v is of the verify pass. lambda is the rate that the options of the round have without text, and then the one that this
+choice has.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +39,27 @@ class ProposedBatch(Protocol):
 
     rows: Sequence[Request]
     proposals: Sequence[Proposal]
+    limits: Ints
+
+
+class DraftStep(NamedTuple):
+    """Seconds of a model's draft step. first_row: with one row. further_row: more for each further row. query: more for
+    each draft from the text that it computes, too."""
+
+    first_row: float = 0.0
+    further_row: float = 0.0
+    query: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """What is known of the rows. survival, after: [rows, steps], probability that drafts from the text, and a model's
+    alone, are accepted up to a step. valued: the latter times what the draft is worth. limits: [rows], drafts of a row
+    that a model takes part in."""
+
+    survival: Floats
+    after: Floats
+    valued: Floats
     limits: Ints
 
 
@@ -73,16 +95,15 @@ class TextChooser:
         self,
         batch: ProposedBatch,
         verify: Sequence[float],
-        step_s: tuple[float, float],
+        step: DraftStep,
         alphas: Floats,
         worth: Floats,
         rates: Floats,
     ) -> TextChoice:
         """Choose for each largest number of draft steps from 0.
 
-        verify: seconds of a verify pass by drafts per row. step_s: seconds of a draft step, with one row and for each
-        further row. alphas: [rows], acceptance of a model's drafts. worth: [rows, steps], see TextOutlook. rates:
-        [max_gammas], worth per second without text.
+        verify: seconds of a verify pass by drafts per row. step: of the model that drafts. alphas: [rows], its drafts'
+        acceptance. worth: [rows, steps], see TextOutlook. rates: [max_gammas], worth per second without text.
         """
         matches = [proposal.match for proposal in batch.proposals]
         betas: Floats = np.array(self._acceptance.alphas([row.id for row in batch.rows], matches))  # [rows, 2]
@@ -90,7 +111,7 @@ class TextChooser:
         survival: Floats = betas[:, :1] * betas[:, 1:] ** (self._steps - 1)  # [rows, steps]
         survival = survival * (self._steps <= lengths[:, None])
         after: Floats = alphas[:, None] ** self._model_steps * (self._model_steps <= batch.limits[:, None])
-        valued = after * worth[:, : len(self._model_steps)]
+        of_rows = _Rows(survival, after, after * worth[:, : len(self._model_steps)], batch.limits)
         # A verify pass has several slopes over drafts, as kernels and what bounds them change. Three views of it are
         # tried: as if all rows drafted alike, its mean slope, and its first one.
         rises = np.diff(np.array(verify)).clip(min=0) / len(lengths)
@@ -100,54 +121,44 @@ class TextChooser:
         most = np.minimum(np.tile(np.arange(count), len(views))[:, None], batch.limits)
         best: TextChoice | None = None
         for _ in range(2):
-            choice = self._at_rate(tried, slope, survival, after, valued, most, batch.limits, verify, step_s)
+            choice = _at_rate(tried, slope, most, of_rows, verify, step)
             best = _better(best, choice, count)
             tried = np.tile(best.rates, len(views))
         assert best is not None
         return best
 
-    def _at_rate(
-        self,
-        rates: Floats,
-        slope: Floats,
-        survival: Floats,
-        after: Floats,
-        valued: Floats,
-        most: Ints,
-        limits: Ints,
-        verify: Sequence[float],
-        step_s: tuple[float, float],
-    ) -> TextChoice:
-        """Choose where a second is worth `rates`. slope: [options, steps], seconds of one more draft. survival,
-        after: [rows, steps], probability that drafts from the text, and a model's alone, are accepted up to a step.
-        valued: the latter times what the draft is worth. most: [options, rows], drafts of a model alone. limits:
-        [rows], drafts of a row that a model takes part in."""
-        first_row_s, further_row_s = step_s
-        count, rows = len(survival), np.arange(len(survival))
-        text_price = rates[:, None] * slope
-        price = (rates * (slope.mean(1) + further_row_s))[:, None]  # of a model's draft
-        p = np.zeros((len(rates), count), dtype=np.int64)
-        proposes = np.flatnonzero(survival[:, 0])
-        p[:, proposes] = _worthwhile(survival[proposes], text_price[:, None])
-        reached = np.concatenate([np.ones((count, 1)), survival], 1)[rows, p]
-        alone = np.minimum(_worthwhile(valued, price[..., None]), most)
-        behind = np.minimum(_worthwhile(valued, (price / reached)[..., None]), np.minimum(most, limits - p).clip(min=0))
-        text_tokens, model_tokens, model_worth = _sums(survival), _sums(after), _sums(valued)
-        from_text, text_cost = text_tokens[rows, p], np.take_along_axis(_sums(text_price), p, 1)
-        both = from_text + reached * model_worth[rows, behind] - text_cost - price * behind
-        both -= (rates * further_row_s)[:, None] * p  # the model computes them
-        gains = np.stack([from_text - text_cost, model_worth[rows, alone] - price * alone, both])
-        way = gains.argmax(0)
-        proposed = np.where(way == _MODEL, 0, p)
-        drafts = np.where(way == _TEXT, 0, np.where(way == _MODEL, alone, behind))
-        of_text, reached = np.where(way == _MODEL, 0.0, from_text), np.where(way == _MODEL, 1.0, reached)
-        tokens = count + (of_text + reached * model_tokens[rows, drafts]).sum(1)
-        worth = count + (of_text + reached * model_worth[rows, drafts]).sum(1)
-        steps = drafts.max(1)
-        computed = (drafts + np.where(drafts > 0, proposed, 0)).sum(1)
-        seconds = np.interp((proposed + drafts).sum(1) / count, np.arange(len(verify)), verify)
-        seconds = seconds + steps * first_row_s + (computed - steps) * further_row_s
-        return TextChoice(seconds, tokens, worth, proposed, drafts)
+
+def _at_rate(
+    rates: Floats, slope: Floats, most: Ints, of_rows: _Rows, verify: Sequence[float], step: DraftStep
+) -> TextChoice:
+    """Choose where a second is worth `rates`. slope: [options, steps], seconds of one more draft in a verify pass.
+    most: [options, rows], drafts of a model alone."""
+    survival, limits = of_rows.survival, of_rows.limits
+    count, rows = len(survival), np.arange(len(survival))
+    text_price = rates[:, None] * slope
+    price = (rates * (slope.mean(1) + step.further_row))[:, None]  # of a model's draft
+    p = np.zeros((len(rates), count), dtype=np.int64)
+    proposes = np.flatnonzero(survival[:, 0])
+    p[:, proposes] = _worthwhile(survival[proposes], text_price[:, None])
+    reached = np.concatenate([np.ones((count, 1)), survival], 1)[rows, p]
+    alone = np.minimum(_worthwhile(of_rows.valued, price[..., None]), most)
+    behind = _worthwhile(of_rows.valued, (price / reached)[..., None])
+    behind = np.minimum(behind, np.minimum(most, limits - p).clip(min=0))
+    text_tokens, model_tokens, model_worth = (_sums(each) for each in (survival, of_rows.after, of_rows.valued))
+    from_text, text_cost = text_tokens[rows, p], np.take_along_axis(_sums(text_price), p, 1)
+    both = from_text + reached * model_worth[rows, behind] - text_cost - price * behind
+    both -= (rates * step.query)[:, None] * p  # the model computes them
+    gains = np.stack([from_text - text_cost, model_worth[rows, alone] - price * alone, both])
+    way = gains.argmax(0)
+    proposed = np.where(way == _MODEL, 0, p)
+    drafts = np.where(way == _TEXT, 0, np.where(way == _MODEL, alone, behind))
+    of_text, of_model = np.where(way == _MODEL, 0.0, from_text), np.where(way == _MODEL, 1.0, reached)
+    tokens = count + (of_text + of_model * model_tokens[rows, drafts]).sum(1)
+    worth = count + (of_text + of_model * model_worth[rows, drafts]).sum(1)
+    steps, queries = drafts.max(1), np.where(drafts > 0, proposed, 0).sum(1)
+    seconds = np.interp((proposed + drafts).sum(1) / count, np.arange(len(verify)), verify)
+    seconds += steps * step.first_row + (drafts.sum(1) - steps) * step.further_row + queries * step.query
+    return TextChoice(seconds, tokens, worth, proposed, drafts)
 
 
 def _better(best: TextChoice | None, choice: TextChoice, count: int) -> TextChoice:

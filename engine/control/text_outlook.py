@@ -65,9 +65,11 @@ class _Records(NamedTuple):
 
 @dataclass(slots=True)
 class _Row:
-    """Row of a request. copies: whether it did in its last round. tokens: number that this yielded."""
+    """Row of a request. copies: whether it did in its last round. goes_on: whether that copy had not ended. tokens:
+    number that the round yielded."""
 
     copies: bool
+    goes_on: bool
     tokens: int
     records: _Records = field(default_factory=_Records.empty)
 
@@ -96,16 +98,16 @@ class TextOutlook(RequestRecords[_Row]):
         for request, proposed, copied, tokens in advances:
             row, copies = self._requests.get(request), copied >= COPY
             if row is None:
-                row = self._requests[request] = _Row(copies, tokens)
+                row = self._requests[request] = _Row(copies, False, tokens)
             elif not row.copies:
                 # After which of several tokens it could have begun is unknown: halfway, on average.
                 waited = (row.tokens - 1) // 2 if copies else row.tokens
                 _learn(row.records.waits, self._all.waits, waited, int(copies))
             if proposed:
                 _learn(row.records.drafts, self._all.drafts, copied, proposed - copied)
-            if copies:
+            if copies or (row.goes_on and proposed):  # a copy may end where a round does
                 _learn(row.records.stays, self._all.stays, copied, int(copied < proposed))
-            row.copies, row.tokens = copies, tokens
+            row.copies, row.goes_on, row.tokens = copies, copies and copied == proposed, tokens
 
 
 def _learn(own: AcceptanceRecord, of_all: AcceptanceRecord, accepted: int, rejected: int) -> None:

@@ -70,7 +70,7 @@ def build_store(texts: Iterable[Sequence[int]], tokenizer: str, file: Path) -> i
 
 
 class TextStore:
-    """A store, memory-mapped: the system loads what is read, and ranks and engines on a machine share it.
+    """A store, memory-mapped: the system loads what is read, and engines on a machine share it.
 
     num_tokens: of its texts.
     """

@@ -24,6 +24,7 @@ class Peer:
         self._controller = self._make_controller()
         self._controllers: dict[str, Controller] = {}
         self._waiting: set[int] = set()
+        self._started = 0
         self._prompts: Sequence[Sequence[int]] = []
         self._temperature = 0.0
         self.mode = ""
@@ -86,6 +87,7 @@ class Peer:
         per round."""
         assert self._engine is not None
         self._prompts = prompts
+        self._started += 1  # ids are of this start alone: a controller must not know its texts
         for row, prompt in enumerate(prompts):
             params = SamplingParams(
                 max_tokens=limit,
@@ -93,12 +95,12 @@ class Peer:
                 seed=self._settings["seed"] + row,
                 ignore_eos=True,
             )
-            self._engine.add(AddRequest(str(row), list(prompt), params))
+            self._engine.add(AddRequest(f"{self._started}-{row}", list(prompt), params))
         self._waiting = set(range(len(prompts))) if together else set()
 
     def again(self, limit: int, temperature: float) -> None:
         assert self._engine is not None
-        self._engine.abort([str(row) for row in range(len(self._prompts))])
+        self._engine.abort([f"{self._started}-{row}" for row in range(len(self._prompts))])
         if temperature != self._temperature:  # what drafts are worth depends on it
             self._make_controllers()
         self._temperature = temperature
@@ -114,7 +116,7 @@ class Peer:
         outputs = self._engine.step()
         if failed := [output.error for output in outputs if output.error is not None]:
             raise RuntimeError(failed[0])
-        yielded = [(int(output.id), list(output.tokens)) for output in outputs]
+        yielded = [(int(output.id.partition("-")[2]), list(output.tokens)) for output in outputs]
         self._waiting -= {row for row, tokens in yielded if tokens}
         return yielded
 

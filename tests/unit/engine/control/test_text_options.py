@@ -16,7 +16,7 @@ from engine.control.auto import AutoGamma
 from engine.control.drafting_model import DraftingModel
 from engine.control.step_times import StepSample, StepTimes
 from engine.control.text_acceptance import JudgedProposal, TextAcceptance, TextAlpha
-from engine.control.text_options import TextChooser
+from engine.control.text_options import DraftStep, TextChooser
 from engine.messages import AddRequest
 from engine.ngram.ngram_drafts import NO_PROPOSAL, Proposal
 from engine.params import SamplingParams
@@ -63,20 +63,19 @@ PROBABILITIES = st.sampled_from([0.05, 0.3, 0.6, 0.8, 0.95])
         max_size=2,
     ),
     st.floats(0.01, 0.3),
-    st.sampled_from([(0.0, 0.0), (0.1, 0.02), (0.3, 0.1), (0.6, 0.2)]),
+    st.sampled_from([DraftStep(), DraftStep(0.1, 0.02, 0.02), DraftStep(0.3, 0.1, 0.1), DraftStep(0.6, 0.2, 0.05)]),
     st.sampled_from([1.0, 0.95, 0.7, 0.3]),
 )
 @examples(60, 600)
 def test_near_the_best_choice(
-    rows: list[tuple[float, TextAlpha, int]], slope: float, step_s: tuple[float, float], kept: float
+    rows: list[tuple[float, TextAlpha, int]], slope: float, step: DraftStep, kept: float
 ) -> None:
     """rows: acceptance of a model's drafts and of the text's, and length of the proposal. slope: of a verify pass over
     drafts, relative to a plain step. kept: what each further draft of a model is worth of the one before it."""
     count = len(rows)
     verify = [1 + slope * gamma for gamma in range(max(MODEL_MAX, TEXT_MAX) + 1)]
     alphas, betas = np.array([row[0] for row in rows]), [row[1] for row in rows]
-    first_s, further_s = step_s
-    models = MODEL_MAX if first_s else 0  # without a model that drafts
+    models = MODEL_MAX if step.first_row else 0  # without a model that drafts
 
     def rate(choice: tuple[tuple[int, int], ...], kept: float = kept) -> float:
         tokens = float(count)
@@ -84,10 +83,11 @@ def test_near_the_best_choice(
             of_model = sum((a * kept) ** s for s in range(1, j + 1))
             tokens += sum(survival(b, s) for s in range(1, p + 1)) + survival(b, p) * of_model
         steps = max(j for _, j in choice)
-        computed = sum(j + (p if j else 0) for p, j in choice)
+        further, queries = sum(j for _, j in choice) - steps, sum(p for p, j in choice if j)
         drafts = sum(p + j for p, j in choice) / count
         seconds = float(np.interp(drafts, range(len(verify)), verify))
-        return tokens / (seconds + steps * first_s + (computed - steps) * further_s)
+        seconds += steps * step.first_row + further * step.further_row + queries * step.query
+        return tokens / seconds
 
     ways = [
         [(p, j) for p in range(length + 1) for j in range(models + 1) if not (p and j and p + j > MODEL_MAX)]
@@ -99,7 +99,7 @@ def test_near_the_best_choice(
     options = TextChooser(Known(betas), TEXT_MAX, models)
     plain = np.array([rate(((0, min(gamma, models)),) * count) for gamma in range(models + 1)])
     worth = np.array([[kept**s for s in range(1, TEXT_MAX + 1)]] * count)
-    choice = options.choose(batch, verify, step_s, alphas if models else np.zeros(count), worth, plain)
+    choice = options.choose(batch, verify, step, alphas if models else np.zeros(count), worth, plain)
     for index in range(len(plain)):
         made = tuple(zip(choice.proposed[index].tolist(), choice.drafts[index].tolist(), strict=True))
         assert choice.rates[index] == pytest.approx(rate(made))
@@ -122,7 +122,7 @@ def test_verify_times_that_are_no_line(verify: list[float], beta: float) -> None
     best = max((1 + sum(beta**s for s in range(1, p + 1))) / verify[p] for p in range(TEXT_MAX + 1))
     batch = Rows(rows_of(1), [Proposal([0] * TEXT_MAX, 8)], np.zeros(1, dtype=np.int64))
     choice = TextChooser(Known([TextAlpha(beta, beta)]), TEXT_MAX, 0).choose(
-        batch, verify, (0.0, 0.0), np.zeros(1), np.ones((1, 1)), np.array([1.0])
+        batch, verify, DraftStep(), np.zeros(1), np.ones((1, 1)), np.array([1.0])
     )
     assert max(1.0, choice.rates[0]) >= 0.95 * best
 

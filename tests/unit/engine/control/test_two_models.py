@@ -4,6 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+from engine.control.auto import AutoGamma
+from engine.control.drafting_model import DraftingModel
+from engine.control.goodput import Goodput
+from engine.control.step_times import StepTimes
+from engine.messages import AddRequest
+from engine.ngram.ngram_drafts import Proposal
+from engine.params import SamplingParams
+from engine.plan import RoundPlan, RoundResult, RowResult, RowWork
+from engine.scheduler.request import Request
 from tests.support.loads import Load, Machine
 from tests.support.profiles import is_all
 
@@ -69,3 +78,36 @@ def test_catching_up_is_weighed_against_the_target_s_own_drafts(seconds: float, 
     assert (load.ways[-100:].count(None) > 80) == drafts
     if not drafts:
         assert load.run(200) > 0.95 * rate_alone(CHEAP, 0.8)
+
+
+def test_a_model_that_lags_costs_no_time_while_text_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ways are equal where all drafts come from the text. They are not compared in each round."""
+    calls: list[int] = []
+    options = Goodput.options
+    monkeypatch.setattr(
+        Goodput, "options", lambda self, *args, **kinds: calls.append(1) or options(self, *args, **kinds)
+    )
+    samples = [*CHEAP.samples(), *CHEAP.samples("self")]
+    models = [
+        DraftingModel(StepTimes(samples, lambda context, budget: min(context, budget)), (512, 256), 512),
+        DraftingModel(
+            StepTimes(samples, lambda context, budget: min(context, budget), drafter="self"),
+            (512, 256),
+            512,
+            name="self",
+        ),
+    ]
+    controller = AutoGamma(models, 6, 12)
+    request = Request(AddRequest("a", [0] * 8000, SamplingParams(max_tokens=10**6)), (), 0)
+    request.tokens += [0, 0]
+    for number in range(60):
+        request.draft_lag = 500
+        if number == 40:
+            calls.clear()
+        (drafts,) = controller.choose([request], 0, [Proposal([7] * 12, 9)])
+        work = RowWork(0, 7999, 1, drafts.proposed + drafts.model, True, proposed=[7] * drafts.proposed)
+        tokens = [7] * (work.gamma + 1)
+        result = RoundResult(number, [RowResult(work.gamma, work.gamma, tokens, None)], 0.0, 30e-3)
+        controller.observe(RoundPlan(number, [], [], [work], *controller.way), [request], result)
+    assert drafts.proposed == 12
+    assert len(calls) < 60

@@ -74,3 +74,13 @@ def test_prompts_are_indexed_beside_rounds_a_few_at_a_time() -> None:
         found.prepare(requests)
         assert sum(request.ngrams is not None for request in requests) == expected
     assert requests[-1].ngrams is None  # it generates nothing
+
+
+def test_a_round_indexes_few_tokens() -> None:
+    """Many prompts that begin to decode together, as choices of one request do, are indexed in several rounds."""
+    found, requests = searcher(), [request_of([1, 2, 3, 4] * (_INDEXED_TOKENS // 8)) for _ in range(5)]
+    for count in (2, 4, 5, 5):
+        proposals = found.propose(requests, 6)
+        assert [bool(proposal.tokens) for proposal in proposals] == [True] * count + [False] * (5 - count)
+    long = request_of([1, 2, 3, 4] * _INDEXED_TOKENS)
+    assert found.propose([long, request_of([1, 2] * 9)], 6)[0].tokens
