@@ -135,7 +135,8 @@ class ForwardGraphs:
         none. observer: learns from forwards; those that it is due for are replayed only where it is captured too.
         """
         self._model, self._pool, self._graphs = model, pool, graphs
-        self._heads = Heads(model.heads, model.kv_heads, model.head_dim)
+        # Those of the largest shard: all ranks must capture the same shapes, since captured forwards communicate.
+        self._heads = Heads(model.most_heads, model.most_kv_heads, model.head_dim)
         self._rows, self._queries = sorted(rows), sorted(queries)
         self._width, self._layers, self._window, self._sliding = width, layers, window, sliding
         self.observer = observer

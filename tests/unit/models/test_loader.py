@@ -287,3 +287,11 @@ def test_random_models_do_not_depend_on_ranks() -> None:
         assert_holds(random_model(config, 3, torch.float32, CPU, group), whole)
 
     run_ranks(3, work)
+
+
+def test_ranks_agree_on_the_largest_shard() -> None:
+    """What all ranks must decide alike, such as which forwards are captured, depends on it."""
+    config = parse_config({**CONFIG, "num_attention_heads": 10, "num_key_value_heads": 5, "head_dim": 8})
+    shards = run_ranks(3, lambda group: random_model(config, 0, torch.float32, CPU, group))
+    assert [(shard.heads, shard.kv_heads) for shard in shards] == [(4, 2), (4, 2), (2, 1)]
+    assert {(shard.most_heads, shard.most_kv_heads) for shard in shards} == {(4, 2)}

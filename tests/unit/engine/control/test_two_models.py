@@ -6,7 +6,7 @@ import pytest
 
 from engine.control.auto import AutoGamma
 from engine.control.drafting_model import DraftingModel
-from engine.control.goodput import Goodput
+from engine.control.goodput import Batch, Goodput, Options
 from engine.control.step_times import StepTimes
 from engine.messages import AddRequest
 from engine.ngram.ngram_drafts import Proposal
@@ -84,9 +84,12 @@ def test_a_model_that_lags_costs_no_time_while_text_is_copied(monkeypatch: pytes
     """All ways are equal where all drafts come from the text. They are not compared in each round."""
     calls: list[int] = []
     options = Goodput.options
-    monkeypatch.setattr(
-        Goodput, "options", lambda self, *args, **kinds: calls.append(1) or options(self, *args, **kinds)
-    )
+
+    def counted(goodput: Goodput, batch: Batch, budget: int, **kinds: bool) -> Options:
+        calls.append(budget)
+        return options(goodput, batch, budget, **kinds)
+
+    monkeypatch.setattr(Goodput, "options", counted)
     samples = [*CHEAP.samples(), *CHEAP.samples("self")]
     models = [
         DraftingModel(StepTimes(samples, lambda context, budget: min(context, budget)), (512, 256), 512),
