@@ -41,15 +41,20 @@ from models.tokenizer import Tokenizer
 WAYS: Mapping[str, Source | None] = {"off": None, "self": "self", "ngram": "ngram", "together": "together"}
 """Drafters that are compared. None: none drafts."""
 _RECORDED_DRAFTS = 6
+_WIDTH = 24
 
 
 @dataclass(slots=True)
 class Throughput:
-    """Outcome of replays. rows: sum over rounds of their rows."""
+    """Outcome of replays. rows: sum over rounds of their rows. drafted, accepted, copied: drafts, those of them that
+    were accepted, and of these the ones from the text."""
 
     seconds: float = 0.0
     tokens: int = 0
     rows: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    copied: int = 0
 
     @property
     def rate(self) -> float:
@@ -57,9 +62,8 @@ class Throughput:
         return self.tokens / self.seconds
 
     def add(self, other: Throughput) -> None:
-        self.seconds += other.seconds
-        self.tokens += other.tokens
-        self.rows += other.rows
+        for name in self.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
 class RoundReplay:
@@ -90,6 +94,9 @@ class RoundReplay:
                 ngrams.record(request, proposal, taken=bool(each.proposed))
                 text = rows[request]
                 accepted = text.count_accepted(request.num_output, each.proposed, each.model_drafts)
+                gain.drafted += each.gamma
+                gain.accepted += accepted
+                gain.copied += min(accepted, len(each.proposed))
                 new = text.output[request.num_output :][: accepted + 1]
                 results.append(RowResult(each.gamma, accepted, new, None))
             seconds = self._seconds([len(request.tokens) for request in requests], work)
@@ -149,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         times = _times(saved or profile(engine.profiler, config), config)
         replay = RoundReplay(times, given.budget, engine.ready.vocab_size)
         tokenizer = Tokenizer(resolve_model(given.model))
-        print(f"{'task':<9}{'T':>4}{'rows':>6}" + "".join(f"{way:>16}" for way in WAYS) + "  together / best other")
+        print(f"{'task':<9}{'T':>4}{'rows':>6}" + "".join(f"{way:>{_WIDTH}}" for way in WAYS) + "  of best other")
         for task in given.task:
             prompts = task_prompts(task, tokenizer, source, count=given.rows, length=given.context)
             for temperature in given.temperature:
@@ -195,10 +202,18 @@ def compare(
 
 
 def _line(gains: Mapping[str, Throughput]) -> str:
-    """Format the speed of each way over plain decoding, with its tokens per row and round."""
-    found = [f"{gain.rate / gains['off'].rate:.2f} ({gain.tokens / gain.rows:.2f})" for gain in gains.values()]
+    """Format the speed of each way over plain decoding, its tokens per row and round and its share of accepted drafts;
+    of `together` also how many of these came from the text."""
+    found = []
+    for name, gain in gains.items():
+        cell = f"{gain.rate / gains['off'].rate:.2f} ({gain.tokens / gain.rows:.2f}"
+        if gain.drafted:
+            cell += f", {gain.accepted / gain.drafted:.2f}"
+        if name == "together" and gain.accepted:
+            cell += f", {gain.copied / gain.accepted:.0%}"
+        found.append(f"{cell})")
     best = max(gain.rate for name, gain in gains.items() if name != "together")
-    return "".join(f"{each:>16}" for each in found) + f"{gains['together'].rate / best:>10.3f}"
+    return "".join(f"{each:>{_WIDTH}}" for each in found) + f"{gains['together'].rate / best:>8.3f}"
 
 
 if __name__ == "__main__":
