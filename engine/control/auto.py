@@ -14,7 +14,8 @@ from itertools import accumulate
 
 from engine.control.acceptance import AcceptanceEstimates, Judged
 from engine.control.calibration import Calibration
-from engine.control.catch_up import CatchUp, only_smallest_lag
+from engine.control.candidates import Candidates
+from engine.control.catch_up import CatchUp
 from engine.control.drafting_model import DraftingModel
 from engine.control.goodput import Batch, Goodput, Option, Options, draft_bucket, draft_kind, verify_bucket
 from engine.control.text_acceptance import JudgedProposal, TextAcceptance
@@ -102,13 +103,13 @@ class AutoGamma:
         batch = Batch.from_requests(rows, self._model_gamma_max, shared_tokens, proposals, share)
         if self.takes_text:
             self._text.fade(row.id for row in rows)
-        drafting, options = self._options(batch, self._current)
-        lags = batch.limits.any() and not drafting.limits.any()
-        if (self._rounds % _EXPLORE_EVERY == 0 or lags) and len(self._ways) > 1:
-            drafting, options = self._compare(batch, drafting, options)
+        candidates = Candidates(batch, self._goodput, self._ways, self._catch_up)
+        if self._rounds % _EXPLORE_EVERY == 0 or candidates[self._current].lags:
+            self._current = self._compare(candidates)
+        options = candidates[self._current].options
         self._max_gamma = self._stay(options)
         best = options[self._max_gamma]
-        chosen = self._explore(drafting, batch, options, best) or best
+        chosen = self._explore(candidates, best) or best
         cannot_copy = self._cannot_copy(rows, share) if self.takes_text else frozenset()
         self._pending = _Decision(batch, best, chosen, options.plain_s, cannot_copy)
         self.way = chosen.way
@@ -120,43 +121,25 @@ class AutoGamma:
         all_rows = share is not None and share < COPY
         return frozenset(row.id for row in rows if all_rows or row.max_draft_tokens < COPY)
 
-    def _options(self, batch: Batch, way: Way) -> tuple[Batch, Options]:
-        """Return the options of a way, and the batch with its limits: rows on which a model would have to catch up, at
-        a cost that its drafts do not save, do not draft."""
-        options = self._goodput[way.drafter].options(batch, way.budget)
-        if not (self._goodput[way.drafter].model.has_own_kv and any(request.needs_catch_up for request in batch.rows)):
-            return batch, options
-        others = [self._goodput[other.drafter].options(batch, other.budget) for other in self._without_own_kv()]
-        otherwise = max([options.rates[0], *(other.rates.max() for other in others)])
-        saved = 1 / otherwise - 1 / options.rates.max()
-        limited = batch.limited(self._catch_up.worthwhile(batch.rows, batch.limits, saved))
-        return limited, self._goodput[way.drafter].options(limited, way.budget)
-
-    def _without_own_kv(self) -> list[Way]:
-        """Return the ways of models that never catch up."""
-        return [way for way in self._ways if not self._goodput[way.drafter].model.has_own_kv]
-
     def _stay(self, options: Options) -> int:
         """Return the best max_gamma, or the current one if that is about as good."""
         best, last = options.best, min(self._max_gamma, len(options) - 1)
         return last if options.rates[best] < _HYSTERESIS * options.rates[last] else best
 
-    def _compare(self, batch: Batch, drafting: Batch, options: Options) -> tuple[Batch, Options]:
-        """Make the way of the highest predicted throughput the current one, and return its options as `_options` does.
-        drafting, options: those of the current way. Where its model does not draft because it lags, one without KV of
-        its own need not be better: rounds that take all drafts from the text are equal in all ways."""
-        best, lags = options.rates.max(), batch.limits.any() and not drafting.limits.any()
+    def _compare(self, candidates: Candidates) -> Way:
+        """Return the way of the highest predicted throughput, or the current one if that is about as good. Where its
+        model lags, one that keeps up need not be better: rounds that take all drafts from the text are equal in all
+        ways."""
+        best = candidates[self._current]
         for way in self._ways:
             if way == self._current:
                 continue
-            limited, others = self._options(batch, way)
-            keeps_up = lags and not self._goodput[way.drafter].model.has_own_kv
-            if others.rates.max() >= (best if keeps_up else _HYSTERESIS * best):
-                lags = False
-                self._current, drafting, options, best = way, limited, others, others.rates.max()
-        return drafting, options
+            margin = 1.0 if best.lags and candidates.keeps_up(way) else _HYSTERESIS
+            if candidates[way].rate >= margin * best.rate:
+                best = candidates[way]
+        return best.way
 
-    def _explore(self, drafting: Batch, batch: Batch, options: Options, best: Option) -> Option | None:
+    def _explore(self, candidates: Candidates, best: Option) -> Option | None:
         """Return, at intervals, an option that is not predicted to be best: drafts when they are off, none when they
         are on, another way, the other reading of each row.
 
@@ -169,15 +152,17 @@ class AutoGamma:
         turns = len(self._ways) + self._goodput[self._current.drafter].model.reads_latest  # kinds of explorations
         turn = self._explorations % turns
         self._explorations += 1
-        if not turn and self._tries_plain(best, options, self._explorations // turns):
-            candidates = [options.plain]
+        current = candidates[self._current].options
+        if not turn and self._tries_plain(best, current, self._explorations // turns):
+            tried = [current.plain]
         else:
-            candidates = self._other_options(drafting, batch, options, turn)
-        losses = [each.seconds - each.worth / best.rate for each in candidates]
+            options = self._other_options(candidates, turn)
+            tried = [options[max_gamma] for max_gamma in range(1, len(options))]
+        losses = [each.seconds - each.worth / best.rate for each in tried]
         if not losses or min(losses) > self._explore_credit:
             return None  # too expensive for now; the next option may not be
         self._explored_at = self._rounds
-        return candidates[losses.index(min(losses))]
+        return tried[losses.index(min(losses))]
 
     @staticmethod
     def _tries_plain(best: Option, options: Options, number: int) -> bool:
@@ -188,22 +173,13 @@ class AutoGamma:
         from_text = any(drafts.proposed for drafts in best.drafts)
         return from_text and (len(options) == 1 or number % 2 == 0)
 
-    def _other_options(self, drafting: Batch, batch: Batch, options: Options, turn: int) -> list[Option]:
+    def _other_options(self, candidates: Candidates, turn: int) -> Options:
         """Return options in which a model drafts: in another way or with the other readings, if it is their turn."""
-        way = self._current
         if turn == len(self._ways):
-            options = self._goodput[way.drafter].options(drafting, way.budget, worse=True)
-            return [options[max_gamma] for max_gamma in range(1, len(options))]
-        if turn:
-            way = [each for each in self._ways if each != self._current][turn - 1]
-            if way.drafter != self._current.drafter:
-                drafting, options = self._options(batch, way)
-            else:
-                options = self._goodput[way.drafter].options(drafting, way.budget)
-        if batch.limits.any() and not drafting.limits.any():
-            limits = only_smallest_lag(batch.rows, batch.limits)
-            options = self._goodput[way.drafter].options(batch.limited(limits), way.budget)
-        return [options[max_gamma] for max_gamma in range(1, len(options))]
+            return candidates.with_other_readings(candidates[self._current])
+        others = [way for way in self._ways if way != self._current]
+        candidate = candidates[others[turn - 1] if turn else self._current]
+        return candidates.with_one_row(candidate.way) if candidate.lags else candidate.options
 
     # -- learning ----------------------------------------------------------------------------------------------------
 
