@@ -82,7 +82,7 @@ class DecoderModel(Module):
 
     weights: formats of its matrices.
     vocab_start, vocab_size: this rank computes the logits of tokens vocab_start … vocab_start + vocab_size - 1.
-    heads, kv_heads: numbers of this rank's heads. most_heads, most_kv_heads: the largest numbers that a rank has.
+    heads, kv_heads: numbers of this rank's heads. max_heads, max_kv_heads: the largest numbers that a rank has.
     first_kv_head: the first of its KV heads among the model's.
     num_layers: number of all layers. num_kv_layers, num_sliding_layers: of those that keep the KV of all tokens, and of
     those that keep only a window's. window: number of slots that queries of the first see, sliding_window: of the
@@ -122,8 +122,8 @@ class DecoderModel(Module):
         tied = self._embedding if config.tie_word_embeddings else None
         self._head = LMHead("lm_head", config.vocab_size, config.hidden_size, tied=tied, place=place)
         self.heads, self.kv_heads = mine.heads.size, mine.kv_heads.size
-        self.most_heads = max(shard.heads.size for shard in shards)
-        self.most_kv_heads = max(shard.kv_heads.size for shard in shards)
+        self.max_heads = max(shard.heads.size for shard in shards)
+        self.max_kv_heads = max(shard.kv_heads.size for shard in shards)
         self.first_kv_head = mine.kv_heads.start
         self.vocab_start, self.vocab_size = self._head.vocab.start, self._head.vocab.size
         # Like transformers, which multiplies by the factor in the embedding's precision.

@@ -13,6 +13,7 @@ import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 import msgspec
 
@@ -25,6 +26,7 @@ from engine.config.deployment import EngineConfig
 from engine.config.speculation import Source
 from engine.control.auto import AutoGamma
 from engine.control.drafting_model import DraftingModel
+from engine.control.goodput import draft_share
 from engine.control.step_times import StepSample, StepTimes
 from engine.core import Engine
 from engine.ngram.ngram_drafts import NO_PROPOSAL, NgramDrafts, Proposal
@@ -41,7 +43,9 @@ from models.tokenizer import Tokenizer
 WAYS: Mapping[str, Source | None] = {"off": None, "self": "self", "ngram": "ngram", "together": "together"}
 """Drafters that are compared. None: none drafts."""
 _RECORDED_DRAFTS = 6
-_WIDTH = 24
+_PRICED_DRAFTS = 16
+"""Drafts of a verify pass over which the price of one more is taken."""
+_WIDTH = 26
 
 
 @dataclass(slots=True)
@@ -112,14 +116,20 @@ class RoundReplay:
 
     def _seconds(self, contexts: Sequence[int], work: Sequence[RowWork]) -> tuple[float, float]:
         """Return the seconds of a round's drafts, and of its verify pass."""
+        verify = self._times.verify(
+            len(work), sum(contexts), [*range(_PRICED_DRAFTS + 1), mean(each.gamma for each in work)]
+        )
+        # Drafts from the text that a model goes on from are further rows of its first step, and of one row queries.
+        queries = sum(len(each.proposed) for each in work if each.model_drafts)
         drafting = 0.0
         for step in range(max(each.model_drafts for each in work)):
-            # Drafts from the text that a model goes on from are further rows of its first step.
-            from_text = sum(len(each.proposed) for each in work if each.model_drafts) if not step else 0
             reading = [context for context, each in zip(contexts, work, strict=True) if each.model_drafts > step]
-            drafting += self._times.draft(len(reading) + from_text, self._times.read(reading, self.budget))
-        mean = sum(each.gamma for each in work) / len(work)
-        return drafting, self._times.verify(len(work), sum(contexts), [mean], 0)[0]
+            further = queries if len(work) > 1 and not step else 0
+            seconds = self._times.draft(len(reading) + further, self._times.read(reading, self.budget))
+            if len(work) == 1 and not step:
+                seconds *= 1 + queries * draft_share(verify[:-1])
+            drafting += seconds
+        return drafting, verify[-1]
 
 
 def _work(
@@ -156,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         times = _times(saved or profile(engine.profiler, config), config)
         replay = RoundReplay(times, given.budget, engine.ready.vocab_size)
         tokenizer = Tokenizer(resolve_model(given.model))
-        print(f"{'task':<9}{'T':>4}{'rows':>6}" + "".join(f"{way:>{_WIDTH}}" for way in WAYS) + "  of best other")
+        print(f"{'task':<9}{'T':>4}{'rows':>6}" + "".join(f"{way:>{_WIDTH}}" for way in WAYS) + "   of best")
         for task in given.task:
             prompts = task_prompts(task, tokenizer, source, count=given.rows, length=given.context)
             for temperature in given.temperature:
@@ -182,7 +192,7 @@ def _times(samples: list[StepSample], config: EngineConfig) -> StepTimes:
 
 
 def _controller(way: Source | None, config: EngineConfig, times: StepTimes, budget: int) -> Controller:
-    """Make what the engine has with a drafter, and with one budget, because that is recorded."""
+    """Make the engine's controller for a drafter, with the one budget that was recorded."""
     if way is None:
         return FixedGamma(0)
     own = config.speculation.model_copy(update={"drafter": way})

@@ -1,11 +1,13 @@
-"""Texts of a model, with what its drafts of them would have been: the law lets a replay draft them in any other way."""
+"""Texts of a model, with what its drafts of them would have been. Drafts do not change a text, so a replay may draft it
+in any other way."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 
+from bench.corpus import BenchError
 from engine.core import Engine
 from engine.messages import AddRequest
 from engine.params import SamplingParams
@@ -22,8 +24,8 @@ class RecordedText:
     """
 
     message: AddRequest
-    output: list[int] = field(default_factory=list)
-    rejected: set[int] = field(default_factory=set)
+    output: list[int]
+    rejected: set[int]
 
     def count_accepted(self, known: int, proposed: Sequence[int], drafts: int) -> int:
         """Count the drafts that are accepted after `known` output tokens: those from the text, then the model's."""
@@ -39,7 +41,7 @@ class RecordedText:
 
 
 class DraftRecorder(FixedGamma):
-    """Controller under which a model alone drafts, always as many, and which notes where it was wrong."""
+    """Controller under which a model alone drafts, always the same number, and which notes where it was wrong."""
 
     def __init__(self, gamma: int) -> None:
         super().__init__(gamma)
@@ -63,7 +65,7 @@ _ids = count()
 def record(
     engine: Engine, recorder: DraftRecorder, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
 ) -> list[RecordedText]:
-    """Let an engine under `recorder` write the texts."""
+    """Let an engine under `recorder` write the texts. Raises BenchError if a request fails."""
     messages = [
         AddRequest(f"text {next(_ids)}", list(prompt), each) for prompt, each in zip(prompts, params, strict=True)
     ]
@@ -72,6 +74,8 @@ def record(
         engine.add(message)
     while engine.has_work():
         for output in engine.step():
+            if output.error is not None:
+                raise BenchError(output.error)
             outputs[output.id] += output.tokens
     return [
         RecordedText(message, outputs[message.id], recorder.rejected.pop(message.id, set())) for message in messages

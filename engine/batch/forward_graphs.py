@@ -136,7 +136,7 @@ class ForwardGraphs:
         """
         self._model, self._pool, self._graphs = model, pool, graphs
         # Those of the largest shard: all ranks must capture the same shapes, since captured forwards communicate.
-        self._heads = Heads(model.most_heads, model.most_kv_heads, model.head_dim)
+        self._heads = Heads(model.max_heads, model.max_kv_heads, model.head_dim)
         self._rows, self._queries = sorted(rows), sorted(queries)
         self._width, self._layers, self._window, self._sliding = width, layers, window, sliding
         self.observer = observer

@@ -104,7 +104,8 @@ class AutoGamma:
         if self.takes_text:
             self._text.fade(row.id for row in rows)
         candidates = Candidates(batch, self._goodput, self._ways, self._catch_up)
-        if self._rounds % _EXPLORE_EVERY == 0 or candidates[self._current].lags:
+        current = candidates[self._current]
+        if self._rounds % _EXPLORE_EVERY == 0 or (current.lags and current.would_draft):
             self._current = self._compare(candidates)
         options = candidates[self._current].options
         self._max_gamma = self._stay(options)
@@ -127,15 +128,10 @@ class AutoGamma:
         return last if options.rates[best] < _HYSTERESIS * options.rates[last] else best
 
     def _compare(self, candidates: Candidates) -> Way:
-        """Return the way of the highest predicted throughput, or the current one if that is about as good. Where its
-        model lags, one that keeps up need not be better: rounds that take all drafts from the text are equal in all
-        ways."""
+        """Return the way of the highest predicted throughput, or the current one if that is about as good."""
         best = candidates[self._current]
         for way in self._ways:
-            if way == self._current:
-                continue
-            margin = 1.0 if best.lags and candidates.keeps_up(way) else _HYSTERESIS
-            if candidates[way].rate >= margin * best.rate:
+            if way != self._current and candidates[way].rate > _HYSTERESIS * best.rate:
                 best = candidates[way]
         return best.way
 

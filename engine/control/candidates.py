@@ -13,13 +13,14 @@ from engine.scheduler.controller import Way
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One way. batch: the rows, with limits on what they draft in this way. lags: whether no row drafts because the
-    model would have to catch up on all of them."""
+    """One way. batch: the rows, with limits on what they draft in this way. lags: whether none does because the model
+    would have to catch up on all of them. would_draft: whether it would draft without that."""
 
     way: Way
     batch: Batch
     options: Options
     lags: bool = False
+    would_draft: bool = True
 
     @property
     def rate(self) -> float:
@@ -42,10 +43,6 @@ class Candidates:
             self._made[way] = self._make(way)
         return self._made[way]
 
-    def keeps_up(self, way: Way) -> bool:
-        """Whether the way's model never has to catch up."""
-        return not self._goodput[way.drafter].model.has_own_kv
-
     def with_other_readings(self, candidate: Candidate) -> Options:
         """Return options in which each row reads what is not best for it."""
         return self._goodput[candidate.way.drafter].options(candidate.batch, candidate.way.budget, worse=True)
@@ -55,15 +52,21 @@ class Candidates:
         limits = only_smallest_lag(self._batch.rows, self._batch.limits)
         return self._goodput[way.drafter].options(self._batch.limited(limits), way.budget)
 
+    def _keeps_up(self, way: Way) -> bool:
+        """Whether the way's model never has to catch up."""
+        return not self._goodput[way.drafter].model.has_own_kv
+
     def _make(self, way: Way) -> Candidate:
         """Make a candidate in which a row does not draft if a model would have to catch up on it, at a cost that its
         drafts do not save."""
         batch, goodput = self._batch, self._goodput[way.drafter]
         options = goodput.options(batch, way.budget)
-        if self.keeps_up(way) or not any(request.needs_catch_up for request in batch.rows):
+        if self._keeps_up(way) or not any(request.needs_catch_up for request in batch.rows):
             return Candidate(way, batch, options)
-        without = [float(options.rates[0]), *(self[other].rate for other in self._ways if self.keeps_up(other))]
-        saved = 1 / max(without) - 1 / float(options.rates.max())
+        drafts, saved = bool(options.drafts[options.best].any()), 0.0
+        if drafts:  # not all is found in the text
+            without = [float(options.rates[0]), *(self[other].rate for other in self._ways if self._keeps_up(other))]
+            saved = 1 / max(without) - 1 / float(options.rates.max())
         limited = batch.limited(self._catch_up.worthwhile(batch.rows, batch.limits, saved))
         lags = bool(batch.limits.any() and not limited.limits.any())
-        return Candidate(way, limited, goodput.options(limited, way.budget), lags)
+        return Candidate(way, limited, goodput.options(limited, way.budget), lags, drafts)

@@ -250,8 +250,7 @@ class Goodput:
         """Return what a model's drafts are worth, if they are accepted: [rows, steps]."""
         if self._outlook is None:
             return np.ones((batch.count, len(self._steps)))
-        share = max(0.0, verify[-1] / verify[0] - 1) / self._gamma_max
-        return self._outlook.worth([row.id for row in batch.rows], self._steps, min(1.0, share))
+        return self._outlook.worth([row.id for row in batch.rows], self._steps, min(1.0, draft_share(verify)))
 
     def _alphas(self, batch: Batch, budget: int, worse: bool) -> tuple[Floats, Flags | None]:
         """Estimate the acceptance of a model's drafts, [rows], with what each row reads, and whether that is the latest
@@ -276,15 +275,21 @@ class Goodput:
         ]
 
     def _draft(self, batch: Batch, budget: int, verify: Sequence[float]) -> DraftStep:
-        """Predict a draft step. verify: as of `_verify`."""
+        """Predict a draft step. verify: see `_verify`."""
         factor = self._calibration.factor(draft_kind(self.model.name), draft_bucket(batch, self._times, budget))
         first_row_s = factor * batch.draft_seconds(self._times, budget, 1)
         if batch.count == 1:
-            # No further row was measured: as much more of a step as a draft takes of the verify pass.
-            return DraftStep(first_row_s, 0.0, first_row_s * max(0.0, verify[-1] / verify[0] - 1) / self._gamma_max)
+            # A further row would read KV of its own, a further query does not: as much more of a step as a draft takes
+            # of the verify pass.
+            return DraftStep(first_row_s, 0.0, first_row_s * draft_share(verify))
         all_rows_s = factor * batch.draft_seconds(self._times, budget, batch.count)
         further_row_s = (all_rows_s - first_row_s) / (batch.count - 1)
         return DraftStep(first_row_s, further_row_s, further_row_s)
+
+
+def draft_share(verify: Sequence[float]) -> float:
+    """Return the share of a plain round that one more draft takes in a verify pass. verify: seconds by drafts."""
+    return max(0.0, verify[-1] / verify[0] - 1) / (len(verify) - 1)
 
 
 def verify_bucket(batch: Batch, times: StepTimes, gamma: int) -> tuple[int, int, int]:

@@ -44,7 +44,7 @@ class ProposedBatch(Protocol):
 
 class DraftStep(NamedTuple):
     """Seconds of a model's draft step. first_row: with one row. further_row: more for each further row. query: more for
-    each draft from the text that it computes, too."""
+    each draft from the text that it also computes."""
 
     first_row: float = 0.0
     further_row: float = 0.0
@@ -53,7 +53,7 @@ class DraftStep(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """What is known of the rows. survival, after: [rows, steps], probability that drafts from the text, and a model's
+    """Estimates of the rows. survival, after: [rows, steps], probability that drafts from the text, and a model's
     alone, are accepted up to a step. valued: the latter times what the draft is worth. limits: [rows], drafts of a row
     that a model takes part in."""
 

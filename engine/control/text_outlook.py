@@ -105,8 +105,8 @@ class TextOutlook(RequestRecords[_Row]):
                 _learn(row.records.waits, self._all.waits, waited, int(copies))
             if proposed:
                 _learn(row.records.drafts, self._all.drafts, copied, proposed - copied)
-            if copies or (row.goes_on and proposed):  # a copy may end where a round does
-                _learn(row.records.stays, self._all.stays, copied, int(copied < proposed))
+            if copies or row.goes_on:  # a copy may end where a round does, before tokens that are found nowhere
+                _learn(row.records.stays, self._all.stays, copied, int(copied < proposed or copied < COPY))
             row.copies, row.goes_on, row.tokens = copies, copies and copied == proposed, tokens
 
 

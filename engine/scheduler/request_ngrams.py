@@ -32,8 +32,8 @@ class RequestNgrams:
         self._index(request for request in requests if self._limit(request) > 0)
 
     def propose(self, requests: Sequence[Request], limit: int) -> list[Proposal]:
-        """Propose up to `limit` tokens after the committed ones of each request, which decode; none to those whose
-        prompts are yet to be indexed, as far as one round has no time for all of them."""
+        """Propose up to `limit` tokens after the committed ones of each request, which decode; none to requests whose
+        prompts are not indexed yet: a round indexes a limited number of tokens."""
         limits = [min(limit, self._limit(request)) for request in requests]
         self._index(request for request, most in zip(requests, limits, strict=True) if most > 0)
         return [self._propose(request, most) for request, most in zip(requests, limits, strict=True)]

@@ -14,8 +14,8 @@ class CpuAttention:
     """`AttentionBackend` for float32, bfloat16 and float16 on a CPU, head_dim a multiple of 16, pages sealed or not.
 
     A query's result is bit-identical whatever else is in the batch, and whether the query comes alone, with drafts
-    after it or as part of a prefill chunk. (A value that overflows to infinity, as float16 may, is no number for
-    earlier queries of its row, either: a weight of zero does not cancel it.)
+    after it or as part of a prefill chunk. (A value that overflows to infinity, as in float16, makes the results of
+    earlier queries of its row NaN, too: 0 × infinity is NaN.)
     """
 
     def __init__(self, kernels: CpuKernels) -> None:

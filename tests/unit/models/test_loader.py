@@ -290,8 +290,8 @@ def test_random_models_do_not_depend_on_ranks() -> None:
 
 
 def test_ranks_agree_on_the_largest_shard() -> None:
-    """What all ranks must decide alike, such as which forwards are captured, depends on it."""
+    """All ranks decide alike where it is asked for, such as which forwards are captured."""
     config = parse_config({**CONFIG, "num_attention_heads": 10, "num_key_value_heads": 5, "head_dim": 8})
     shards = run_ranks(3, lambda group: random_model(config, 0, torch.float32, CPU, group))
     assert [(shard.heads, shard.kv_heads) for shard in shards] == [(4, 2), (4, 2), (2, 1)]
-    assert {(shard.most_heads, shard.most_kv_heads) for shard in shards} == {(4, 2)}
+    assert {(shard.max_heads, shard.max_kv_heads) for shard in shards} == {(4, 2)}

@@ -136,14 +136,15 @@ def test_worth() -> None:
 
 
 def test_copies_end_where_rounds_do() -> None:
-    """A copy that was accepted whole ends if nothing of the next proposal is; one that was cut has ended before."""
+    """A copy that was accepted whole ends if nothing of the next proposal is, or nothing is found; one that was cut has
+    ended before."""
     outlook, steps = TextOutlook(), np.arange(1, 9)
     for _ in range(60):
         outlook.update([Advance("long", 3, 3, 4), Advance("short", 3, 3, 4), Advance("cut", 4, 3, 4)])
         outlook.update([Advance("long", 3, 3, 4), Advance("short", 3, 0, 1), Advance("cut", 3, 0, 1)])
         outlook.update([Advance(name, 0, 0, 1) for name in ("long", "short", "cut")])
     ends = [1 - row.records.stays.alpha(0.9, 0) for row in map(outlook._requests.__getitem__, ("long", "short", "cut"))]
-    assert ends == pytest.approx([0, 1 / 4, 1 / 4], abs=0.02)
+    assert ends == pytest.approx([1 / 7, 1 / 4, 1 / 4], abs=0.02)
     long, short, _ = outlook.worth(["long", "short", "cut"], steps, 0.1)
     assert long[-1] < short[-1]
 

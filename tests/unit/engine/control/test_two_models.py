@@ -90,7 +90,7 @@ def test_a_model_that_lags_costs_no_time_while_text_is_copied(monkeypatch: pytes
         return options(goodput, batch, budget, **kinds)
 
     monkeypatch.setattr(Goodput, "options", counted)
-    samples = [*CHEAP.samples(), *CHEAP.samples("self")]
+    samples = [*CHEAP.samples(), *DEAR.samples("self")]
     models = [
         DraftingModel(StepTimes(samples, lambda context, budget: min(context, budget)), (512, 256), 512),
         DraftingModel(
@@ -114,3 +114,7 @@ def test_a_model_that_lags_costs_no_time_while_text_is_copied(monkeypatch: pytes
         controller.observe(RoundPlan(number, [], [], [work], *controller.way), [request], result)
     assert drafts.proposed == 12
     assert len(calls) < 60
+    # Where text is new again, the model drafts, if it catches up fast.
+    for _ in range(2):
+        assert controller.choose([request])[0].model > 0
+        assert controller.way.drafter is None
