@@ -12,31 +12,26 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean
 
-import msgspec
-
-from bench.corpus import BenchError, read_text
+from bench.corpus import read_text
 from bench.format_flags import exits_on_error
 from bench.machine import describe_processor
 from bench.replay.recording import DraftRecorder, RecordedText, record
-from bench.tasks import TASKS, task_prompts
+from bench.replay.replayed_texts import add_text_flags, check_text_flags, read_samples, texts_to_write
 from engine.config.deployment import EngineConfig
 from engine.config.speculation import Source
 from engine.control.auto import AutoGamma
 from engine.control.drafting_model import DraftingModel
 from engine.control.goodput import draft_share
-from engine.control.step_times import StepSample, StepTimes
+from engine.control.step_times import StepTimes
 from engine.core import Engine
 from engine.ngram.ngram_drafts import NO_PROPOSAL, NgramDrafts, Proposal
-from engine.params import SamplingParams
 from engine.plan import RoundPlan, RoundResult, RowResult, RowWork
 from engine.scheduler.controller import Controller, FixedGamma, RowDrafts
 from engine.scheduler.request import Request
 from engine.scheduler.request_ngrams import RequestNgrams
 from engine.worker.controllers import draft_reads
-from engine.worker.profiler import profile
 from models.default import resolve_model
 from models.tokenizer import Tokenizer
 
@@ -144,51 +139,30 @@ def _work(
 @exits_on_error()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="default", help="model that writes")
-    parser.add_argument("--task", nargs="+", choices=TASKS, default=TASKS, help="see bench.tasks")
-    parser.add_argument("--temperature", nargs="+", type=float, default=[0.0, 0.8])
-    parser.add_argument("--rows", type=int, default=4, help="texts of each task, which are replayed one by one, too")
-    parser.add_argument("--context", type=int, default=2000, help="prompt tokens")
+    add_text_flags(parser, rows=4, new_tokens=320)
     parser.add_argument("--budget", type=int, default=512, help="KV tokens of the window that the model's drafts read")
-    parser.add_argument("--new-tokens", type=int, default=320, help="output tokens")
-    parser.add_argument("--text", type=Path, help="take texts from this file instead of Python's manual")
-    parser.add_argument("--profile", type=Path, help="saved start-up profile; without it, one is measured")
     given = parser.parse_args(arguments)
-    if given.rows < 1 or given.new_tokens < 3:
-        raise BenchError("--rows must be at least 1, --new-tokens at least 3")
+    check_text_flags(given)
     drafts = {"drafter": "together", "kv": {"policy": "window", "budget": given.budget}}
     fields = {"model": given.model, "speculation": drafts, "scheduler": {"max_rows": given.rows}}
     config, source = EngineConfig.model_validate(fields), read_text(given.text)
     recorder = DraftRecorder(min(_RECORDED_DRAFTS, config.speculation.max_model_drafts))
     engine = Engine(config, controller=recorder, progress=False)
     try:
-        saved = given.profile and msgspec.json.decode(given.profile.read_bytes(), type=list[StepSample])
-        times = _times(saved or profile(engine.profiler, config), config)
+        reads = draft_reads(config)[None]
+        times = StepTimes(read_samples(given, engine, config), reads.tokens_read, drafts_share=reads.share)
         replay = RoundReplay(times, given.budget, engine.ready.vocab_size)
         tokenizer = Tokenizer(resolve_model(given.model))
         print(f"{'task':<9}{'T':>4}{'rows':>6}" + "".join(f"{way:>{_WIDTH}}" for way in WAYS) + "   of best")
-        for task in given.task:
-            prompts = task_prompts(task, tokenizer, source, count=given.rows, length=given.context)
-            for temperature in given.temperature:
-                params = [
-                    SamplingParams(temperature=temperature, max_tokens=given.new_tokens, ignore_eos=True, seed=seed)
-                    for seed in range(given.rows)
-                ]
-                texts = record(engine, recorder, prompts, params)
-                for rows in sorted({1, given.rows}):
-                    batches = [texts[first : first + rows] for first in range(0, given.rows, rows)]
-                    print(
-                        f"{task:<9}{temperature:>4g}{rows:>6}{_line(compare(replay, batches, config, times))}",
-                        flush=True,
-                    )
+        for task, temperature, prompts, params in texts_to_write(given, source, tokenizer):
+            texts = record(engine, recorder, prompts, params)
+            for rows in sorted({1, given.rows}):
+                batches = [texts[first : first + rows] for first in range(0, given.rows, rows)]
+                line = _line(compare(replay, batches, config, times))
+                print(f"{task:<9}{temperature:>4g}{rows:>6}{line}", flush=True)
         print(describe_processor())
     finally:
         engine.close()
-
-
-def _times(samples: list[StepSample], config: EngineConfig) -> StepTimes:
-    reads = draft_reads(config)[None]
-    return StepTimes(samples, reads.tokens_read, drafts_share=reads.share)
 
 
 def _controller(way: Source | None, config: EngineConfig, times: StepTimes, budget: int) -> Controller:

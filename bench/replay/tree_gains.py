@@ -16,20 +16,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
 from bench.corpus import BenchError, read_text
 from bench.format_flags import exits_on_error
 from bench.machine import describe_processor
 from bench.replay.draft_trees import LIMIT, Continuations, VoteOdds, count_accepted
-from bench.tasks import TASKS, task_prompts
+from bench.replay.replayed_texts import add_text_flags, check_text_flags, read_samples, texts_to_write
 from engine.config.deployment import EngineConfig
-from engine.control.step_times import StepSample, StepTimes
+from engine.control.step_times import StepTimes
 from engine.llm import LLM
 from engine.ngram.ngram_index import NgramIndex
 from engine.ngram.text_store import TextStore, fingerprint
-from engine.params import SamplingParams
-from engine.worker.profiler import profile
 from models.default import resolve_model
 
 BATCHES = (1, 2, 4)
@@ -116,44 +112,31 @@ def report(
 @exits_on_error()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="default", help="model that generates")
-    parser.add_argument("--task", nargs="+", choices=TASKS, default=TASKS, help="see bench.tasks")
-    parser.add_argument("--context", type=int, default=2000, help="prompt tokens")
-    parser.add_argument("--temperature", nargs="+", type=float, default=[0.0, 0.8])
-    parser.add_argument("--new-tokens", type=int, default=128, help="output tokens")
-    parser.add_argument("--rows", type=int, default=1, help="texts of each task")
+    add_text_flags(parser, rows=1, new_tokens=128)
     parser.add_argument("--width", type=int, default=3, help="largest number of continuations of a node")
-    parser.add_argument("--text", type=Path, help="take texts from this file instead of Python's manual")
     parser.add_argument("--store", type=Path, help="text store to search in addition")
     parser.add_argument("--hindsight", action="store_true", help="learn the odds from the same texts first")
-    parser.add_argument("--profile", type=Path, help="saved start-up profile; without it, one is measured")
     given = parser.parse_args(arguments)
-    if min(given.rows, given.width) < 1 or given.new_tokens < 3:
-        raise BenchError("--rows and --width must be at least 1, --new-tokens at least 3")
+    check_text_flags(given)
+    if given.width < 1:
+        raise BenchError("--width must be at least 1")
     fields = {"model": given.model, "speculation": {"drafter": "ngram", "gamma": LIMIT}}
     config, source = EngineConfig.model_validate(fields | {"scheduler": {"max_rows": 4}}), read_text(given.text)
     tokenizer = resolve_model(given.model) / "tokenizer.json"
     store = TextStore(given.store, fingerprint(tokenizer)) if given.store else None
     with LLM(config) as llm:
-        saved = given.profile and msgspec.json.decode(given.profile.read_bytes(), type=list[StepSample])
-        samples = saved or profile(llm.engine.profiler, config)
-        times, counts = StepTimes(samples, lambda context, budget: context), range(LIMIT + 1)
+        times, counts = (
+            StepTimes(read_samples(given, llm.engine, config), lambda context, budget: context),
+            range(LIMIT + 1),
+        )
         verify = {rows: times.verify(rows, rows * given.context, counts) for rows in BATCHES}
         print(f"{'task, T':<14}nodes   tokens/round" + "".join(f"{f'tok/s, rows: {rows}':>20}" for rows in BATCHES))
         print(f"{'':<19}{'chain':>8}{'tree':>7}" + f"{'chain':>8}{'tree':>6}{'ratio':>6}" * len(BATCHES))
-        for task in given.task:
-            prompts = task_prompts(task, llm.tokenizer, source, count=given.rows, length=given.context)
-            for temperature in given.temperature:
-                params = [
-                    SamplingParams(temperature=temperature, max_tokens=given.new_tokens, ignore_eos=True, seed=seed)
-                    for seed in range(given.rows)
-                ]
-                outputs = [each.token_ids for each in llm.generate(prompts, params)]
-                texts = list(zip(prompts, outputs, strict=True))
-                print(
-                    "\n".join(report(f"{task}, {temperature:g}", texts, verify, given.width, store, given.hindsight)),
-                    flush=True,
-                )
+        for task, temperature, prompts, params in texts_to_write(given, source, llm.tokenizer):
+            outputs = [each.token_ids for each in llm.generate(prompts, params)]
+            texts = list(zip(prompts, outputs, strict=True))
+            name = f"{task}, {temperature:g}"
+            print("\n".join(report(name, texts, verify, given.width, store, given.hindsight)), flush=True)
     for rows, seconds in verify.items():
         print(f"verify pass of {rows} rows, ms, by drafts per row from 0: {[round(1e3 * each) for each in seconds]}")
     print(describe_processor())

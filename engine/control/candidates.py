@@ -68,5 +68,7 @@ class Candidates:
             without = [float(options.rates[0]), *(self[other].rate for other in self._ways if self._keeps_up(other))]
             saved = 1 / max(without) - 1 / float(options.rates.max())
         limited = batch.limited(self._catch_up.worthwhile(batch.rows, batch.limits, saved))
-        lags = bool(batch.limits.any() and not limited.limits.any())
-        return Candidate(way, limited, goodput.options(limited, way.budget), lags, drafts)
+        if (limited.limits == batch.limits).all():
+            return Candidate(way, batch, options)
+        lags = not limited.limits.any()
+        return Candidate(way, limited, goodput.options(limited, way.budget), bool(lags), drafts)

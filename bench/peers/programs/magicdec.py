@@ -87,7 +87,7 @@ class Peer:
         per round."""
         assert self._engine is not None
         self._prompts = prompts
-        self._started += 1  # ids are of this start alone: a controller must not know its texts
+        self._started += 1
         for row, prompt in enumerate(prompts):
             params = SamplingParams(
                 max_tokens=limit,
@@ -95,12 +95,16 @@ class Peer:
                 seed=self._settings["seed"] + row,
                 ignore_eos=True,
             )
-            self._engine.add(AddRequest(f"{self._started}-{row}", list(prompt), params))
+            self._engine.add(AddRequest(self._id(row), list(prompt), params))
         self._waiting = set(range(len(prompts))) if together else set()
+
+    def _id(self, row: int) -> str:
+        """Name a row's request; otherwise than at earlier starts, since a controller must not know its text."""
+        return f"{self._started}-{row}"
 
     def again(self, limit: int, temperature: float) -> None:
         assert self._engine is not None
-        self._engine.abort([f"{self._started}-{row}" for row in range(len(self._prompts))])
+        self._engine.abort([self._id(row) for row in range(len(self._prompts))])
         if temperature != self._temperature:  # what drafts are worth depends on it
             self._make_controllers()
         self._temperature = temperature
